@@ -17,18 +17,24 @@ class Composite(Transform):
     """Lay RGBA images on a background and drop the alpha: [B, 4, H, W] -> [B, 3, H, W]. RGB passes unchanged.
 
     background: ``"white"``, ``"random"`` (one uniform colour an image) or an (r, g, b) in 0..255.
+    white_share: probability that an image's random background is white instead.
     """
 
-    def __init__(self, background: str | Sequence[float] = "white") -> None:
+    def __init__(self, background: str | Sequence[float] = "white", white_share: float = 0.0) -> None:
         named = isinstance(background, str) and background in ("white", "random")
         if not named and (isinstance(background, str) or len(background) != 3):
             raise ValueError(f"Composite: background should be 'white', 'random' or (r, g, b), got {background!r}")
         self.background = background
+        self.white_share = check_probability("Composite", white_share)
 
     def colours(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """The backgrounds, float [n or 1, 3, 1, 1]."""
         if self.background == "random":
-            return uniform(3 * n, 0.0, 255.0, generator, device).view(n, 3, 1, 1)
+            random = uniform(3 * n, 0.0, 255.0, generator, device).view(n, 3, 1, 1)
+            if not self.white_share:
+                return random
+            white = chosen(n, self.white_share, generator, device)[:, None, None, None]
+            return torch.where(white, 255.0, random)
         colour = (255.0, 255.0, 255.0) if self.background == "white" else self.background
         return torch.tensor(colour, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 

@@ -25,11 +25,11 @@ class Anywhere(Compose):
 
     Size uniform in 50-100 % of the canvas, rotation in +-30 degrees, place uniform over all at which the unrotated
     square fits, mirrored half of the time, background a uniform random RGB. Evaluation and training share it.
-    ``after``: further transforms (colour jitter, blur), for training.
+    For training, ``after``: further transforms (colour jitter, blur); ``white_share``: white backgrounds among the random.
     """
 
-    def __init__(self, size: int | Sequence[int], after: Sequence[Transform] = ()) -> None:
-        super().__init__([Place(size, (0.5, 1.0), 30.0, 0.5), Composite("random"), *after])
+    def __init__(self, size: int | Sequence[int], after: Sequence[Transform] = (), white_share: float = 0.0) -> None:
+        super().__init__([Place(size, (0.5, 1.0), 30.0, 0.5), Composite("random", white_share), *after])
 
 
 def clip_train(

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image-text pairs in: the bundled emoji, folders of images, webdataset tars; and transforms of uint8 batches."""
+
+from fvm_fast.data.emoji import EmojiPairs
+from fvm_fast.data.folder import FolderPairs
+from fvm_fast.data.pairs import PairDataset, Sample, open_pairs
+from fvm_fast.data.tar import TarPairs
+from fvm_fast.data.tokenizer import BPETokenizer, CLIPTokenizer, EmojiTokenizer
+
+__all__ = [
+    "BPETokenizer",
+    "CLIPTokenizer",
+    "EmojiPairs",
+    "EmojiTokenizer",
+    "FolderPairs",
+    "PairDataset",
+    "Sample",
+    "TarPairs",
+    "open_pairs",
+]
