@@ -158,6 +158,15 @@ def test_composite_random_draws_one_colour_an_image():
     assert got.min() < 5 and got.max() > 250
 
 
+def test_composite_random_is_white_for_its_share():
+    empty = torch.zeros(500, 4, 2, 2, dtype=torch.uint8)
+    got = Composite("random", white_share=0.3)(empty, seeded())
+    assert 0.22 < (got == 255).all(dim=(1, 2, 3)).float().mean() < 0.38
+    assert (Composite("random", white_share=1.0)(empty, seeded()) == 255).all()
+    with pytest.raises(ValueError, match=r"Composite.*1.5"):
+        Composite("random", white_share=1.5)
+
+
 @pytest.mark.parametrize("name", RANDOM)
 @pytest.mark.parametrize("channels, H, W", [(3, 24, 24), (4, 24, 24), (3, 17, 30), (4, 31, 12)])
 def test_same_seed_same_bytes(name, channels, H, W):

@@ -25,7 +25,7 @@ class Anywhere(Compose):
 
     Size uniform in 50-100 % of the canvas, rotation in +-30 degrees, place uniform over all at which the unrotated
     square fits, mirrored half of the time, background a uniform random RGB. Evaluation and training share it.
-    For training, ``after``: further transforms (colour jitter, blur); ``white_share``: white backgrounds among the random.
+    For training: ``after``, further transforms (colour jitter, blur), and ``white_share``, white among the backgrounds.
     """
 
     def __init__(self, size: int | Sequence[int], after: Sequence[Transform] = (), white_share: float = 0.0) -> None:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | test | test-min-torch | bench | build | format. Each sets up what it needs, once: .venv, requirements, core.
+# PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the program that is run.
+PYTHON ?= python3
+MIN_TORCH = torch==2.13.0
+BIN = .venv/bin
+CORE_SOURCES = setup.py CMakeLists.txt $(wildcard csrc/* cuda/*)
+export PYTHON
+
+.PHONY: demo test test-min-torch bench build format
+.NOTPARALLEL:
+
+demo: .venv/demo.stamp .venv/core.stamp
+	$(BIN)/fvm-fast train --config clip_emoji $(ARGS)
+
+test: .venv/dev.stamp .venv/core.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-min-torch: .venv-min/ready.stamp .venv/core.stamp
+	PYTHONPATH=. .venv-min/bin/python -m pytest tests/ops $(ARGS)
+
+bench: .venv/dev.stamp .venv/core.stamp
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS); done
+
+build: .venv/demo.stamp
+	$(BIN)/python setup.py build_ext --inplace
+	touch .venv/core.stamp
+
+format: .venv/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp cuda/*.cuh cuda/*.cu)
+
+# ---- set-up: a stamp is older than what it was made from only if something must be done again
+
+.venv/demo.stamp: pyproject.toml install.sh
+	./install.sh
+	touch $@ .venv/core.stamp
+
+.venv/dev.stamp: pyproject.toml install.sh
+	./install.sh dev
+	touch $@ .venv/demo.stamp .venv/core.stamp
+
+.venv/core.stamp: $(CORE_SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+.venv-min/ready.stamp: .venv/demo.stamp Makefile
+	$(BIN)/python -m venv --clear .venv-min
+	.venv-min/bin/python -m pip install --disable-pip-version-check --quiet $(MIN_TORCH) numpy Pillow safetensors tokenizers pytest
+	touch $@

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers an op with torch.library: schema, CPU kernel, shapes for tracing, and one reverse-mode derivative."""
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("fvm_fast", "DEF")
+
+
+def register_op(
+    schema: str,
+    *,
+    kernel: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Define ``torch.ops.fvm_fast.<name>``.
+
+    Args:
+        schema: torch schema without the namespace, ``"gather_tokens(Tensor x, Tensor ids) -> Tensor"``.
+        kernel: runs on CPU tensors; returns fresh tensors, never an input or a view.
+        fake: the same signature on fake tensors: shapes and dtypes only.
+        setup_context, backward: as in :func:`torch.library.register_autograd`. An op without them is a derivative
+            itself: to differentiate it again raises a sentence.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"fvm_fast::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"fvm_fast::{name}", backward or _refuse_double_backward(name), setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def _refuse_double_backward(name: str) -> Callable:
+    op = name.removesuffix("_bwd")
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{op}: expected to be differentiated once, got a second derivative; its native kernels are once "
+            "differentiable: compute it under `with fvm_fast.backend('torch'):`"
+        )
+
+    return backward

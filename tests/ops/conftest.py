@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the op tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fvm_fast.ops import _backend
+
+_ISAS = _backend._C.isas_usable() if _backend._C is not None else []
+
+
+@pytest.fixture(params=_ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every instruction set that was built and that this processor has."""
+    before = _backend._C.isa()
+    _backend._C.set_isa(request.param)
+    yield request.param
+    _backend._C.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every test, whichever others run."""
+    torch.manual_seed(0)
