@@ -92,9 +92,7 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
     given = {name: t.dtype for name, t in tensors.items() if t is not None}
     if len(set(given.values())) > 1 or not all(d.is_floating_point for d in given.values()):
         got = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items())
-        raise TypeError(
-            f"{op}: expected one floating dtype for all, got {got}; cast with .to(dtype) or use autocast"
-        )
+        raise TypeError(f"{op}: expected one floating dtype for all, got {got}; cast with .to(dtype) or use autocast")
 
 
 def check_ids(op: str, name: str, ids: Tensor, size: int, bad: int | None) -> None:

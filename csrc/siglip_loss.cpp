@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// siglip_loss: a sigmoid for each pair (Zhai et al. 2023, https://arxiv.org/abs/2303.15343). The gradient of a pair
+// needs that pair only, so that one pass makes the loss and the gradients.
+#include "contrastive_loss.h"
+
+namespace fvm::FVM_ISA {
+
+namespace {
+
+// Of a pair with logit S and sign z (+1 positive, -1 negative): loss log(1 + exp(-z S)), gradient -z sigmoid(-z S).
+template <class T> struct SigmoidPairs {
+  using P = Operand<T>;
+  using A = Acc<T>;
+  using V = Vec<A>;
+  static constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, L = kLanes<A>;
+  Positives<P> positives;
+  A scale, bias;
+
+  void operator()(int64_t i0, int64_t j0, int64_t rows, int64_t columns, const A* similarities, A* g,
+                  Sums& sums) const {
+    alignas(64) A sign[MR * NR], logits[MR * NR];
+    for (int e = 0; e < MR * NR; e++) sign[e] = 1, logits[e] = scale * similarities[e] + bias;
+    positives.for_each(i0, j0, [&](int i, int j) { sign[i * NR + j] = -1; });
+    // outside of the tile: no loss, no gradient
+    if (is_partial<P>(rows, columns)) fill_outside<P>(logits, rows, columns, -A(INFINITY));
+    V loss = {}, dscale = {}, dbias = {};
+    for (int e = 0; e < MR * NR; e += L) {
+      const V z = load(sign + e), v = z * load(logits + e);
+      const V small = vexp(v < 0 ? v : -v);  // exp(-|v|)
+      const V inverse = 1 / (1 + small);
+      const V gradient = z * (v < 0 ? small * inverse : inverse);
+      loss += max<A>(v, V{}) + vlog1p(small);
+      dscale += gradient * load(similarities + e);
+      dbias += gradient;
+      store(g + e, gradient);
+    }
+    sums.loss += sum_lanes<A>(loss), sums.scale += sum_lanes<A>(dscale), sums.bias += sum_lanes<A>(dbias);
+  }
+};
+
+template <class T>
+void siglip(const Pairs<T>& p, const int32_t* row_ids, const int32_t* col_ids, double scale, double bias, double* sums,
+            Acc<T>* dx, Acc<T>* dy, void* workspace, int64_t threads) {
+  Workspace space(workspace);
+  const GradientSpace<T> ws(space, p.n, p.m, p.D, dx != nullptr, dy != nullptr);
+  const SigmoidPairs<T> pairs{{space, p.n, p.m}, Acc<T>(scale), Acc<T>(bias)};
+  pairs.positives.fill(row_ids, col_ids);
+  const Sums total = pair_gradients(p, ws, dx, dy, Acc<T>(scale), threads, pairs);
+  sums[0] = total.loss, sums[1] = total.scale, sums[2] = total.bias;
+}
+
+}  // namespace
+
+int64_t siglip_loss_workspace(int64_t n, int64_t m, int64_t D, bool want_x, bool want_y, Dtype dtype, int64_t) {
+  return with_dtype(dtype, [&]<class T>() {
+    Workspace space(nullptr);
+    GradientSpace<T>(space, n, m, D, want_x, want_y);
+    Positives<Operand<T>>(space, n, m);
+    return space.bytes();
+  });
+}
+
+void siglip_loss(const void* x, const void* y, const int32_t* row_ids, const int32_t* col_ids, double scale,
+                 double bias, double* sums, Maybe<void> dx, Maybe<void> dy, void* workspace, int64_t n, int64_t m,
+                 int64_t D, Dtype dtype, int64_t threads) {
+  with_dtype(dtype, [&]<class T>() {
+    const Pairs<T> p{static_cast<const T*>(x), static_cast<const T*>(y), n, m, D};
+    siglip(p, row_ids, col_ids, scale, bias, sums, static_cast<Acc<T>*>(dx.p), static_cast<Acc<T>*>(dy.p), workspace,
+           threads);
+  });
+}
+
+}  // namespace fvm::FVM_ISA
