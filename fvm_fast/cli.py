@@ -95,7 +95,8 @@ def bench(argv: list[str]) -> int:
 
     folders = [Path(__file__).parents[1] / "benchmarks", Path.cwd() / "benchmarks"]
     scripts = {path.stem.removeprefix("bench_"): path for folder in folders for path in sorted(folder.glob("*.py"))}
-    scripts.pop("harness", None)
+    for helper in ("harness", "machine", "memory", "problem", "report"):
+        scripts.pop(helper, None)
     names = ", ".join(sorted(scripts)) or "none here: run it in a checkout of the repository"
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: fvm-fast bench NAME [options of the benchmark]\n\n{bench.__doc__}\nbenchmarks: {names}")
@@ -124,11 +125,16 @@ def export(argv: list[str]) -> int:
         "--to", default="safetensors", help="timm, transformers, open_clip, ... or safetensors (own names)"
     )
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a folder for the library")
+    parser.add_argument(
+        "--half", action="store_true", help="weights in float16, half the size; loading widens them again"
+    )
     options = parser.parse_args(argv)
     from fvm_fast.build import load_trained
     from fvm_fast.checkpoint import save_model
 
     trained = load_trained(options.checkpoint)
+    if options.half:
+        trained.model.half()
     if options.to == "safetensors":
         weights = trained.model.state_dict()
         options.out.parent.mkdir(parents=True, exist_ok=True)

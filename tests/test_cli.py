@@ -153,6 +153,14 @@ def test_export_round_trip(checkpoint, tmp_path, capsys):
     assert load_trained(out).spec["model"] == "clip_vit_test"
 
 
+def test_export_in_half_precision_loads_again(checkpoint, tmp_path):
+    out = tmp_path / "half.safetensors"
+    assert main(["export", "--checkpoint", str(checkpoint), "--half", "--out", str(out)]) == 0
+    assert {t.dtype for t in load_file(out).values()} == {torch.float16}
+    whole, halved = (load_trained(path).model.state_dict() for path in (checkpoint, out))
+    torch.testing.assert_close(halved, whole, rtol=1e-3, atol=1e-4)
+
+
 def test_export_to_another_library(checkpoint, tmp_path, capsys):
     out = tmp_path / "hf"
     assert main(["export", "--checkpoint", str(checkpoint), "--to", "transformers", "--out", str(out)]) == 0

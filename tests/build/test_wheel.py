@@ -9,6 +9,7 @@ import pytest
 
 DATA = [
     "fvm_fast/py.typed",
+    "fvm_fast/assets/clip_emoji.safetensors",
     "fvm_fast/configs/clip_emoji.yaml",
     "fvm_fast/data/emoji3/ATTRIBUTION.md",
     "fvm_fast/data/emoji3/google.tar.gz",

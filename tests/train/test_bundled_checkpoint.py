@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README claims of the bundled checkpoint, measured anew."""
+
+from fvm_fast.build import load_trained
+from fvm_fast.cli import BUNDLED
+from fvm_fast.evaluate import evaluate_emoji
+from fvm_fast.experiment import search_emoji
+
+
+def test_it_names_an_unseen_style_anywhere_three_times_as_often_as_pixels_do():
+    scores = evaluate_emoji(load_trained(BUNDLED), ["twitter"])["twitter"]["anywhere"]
+    trained, pixels, untrained, chance = (scores[row] for row in ("trained", "raw pixels", "untrained", "chance"))
+    assert trained["top1"] > 3 * pixels["top1"] > 0
+    assert trained["top5"] > pixels["top5"] > chance["top5"]
+    assert trained["top10"] > pixels["top10"]
+    assert untrained["top10"] < pixels["top10"]
+
+
+def test_it_finds_images_by_free_words():
+    found = dict(search_emoji(load_trained(BUNDLED), ["twitter"], ["a red fruit", "fast vehicle"], k=8))
+    assert {"red apple", "cherries", "strawberry", "tomato"} & set(found["a red fruit"])
+    assert len(set(found["fast vehicle"])) == 8 and found["fast vehicle"] != found["a red fruit"]
