@@ -16,7 +16,7 @@ def test_it_names_an_unseen_style_anywhere_three_times_as_often_as_pixels_do():
     assert untrained["top10"] < pixels["top10"]
 
 
-def test_it_finds_images_by_free_words():
-    found = dict(search_emoji(load_trained(BUNDLED), ["twitter"], ["a red fruit", "fast vehicle"], k=8))
-    assert {"red apple", "cherries", "strawberry", "tomato"} & set(found["a red fruit"])
-    assert len(set(found["fast vehicle"])) == 8 and found["fast vehicle"] != found["a red fruit"]
+def test_it_finds_images_by_words_that_are_no_label():
+    found = dict(search_emoji(load_trained(BUNDLED), ["twitter"], ["red fruit", "clock"], k=8))
+    assert len({"red apple", "cherries", "strawberry", "tomato"} & set(found["red fruit"])) >= 2
+    assert sum("clock" in label or "thirty" in label for label in found["clock"]) >= 4
