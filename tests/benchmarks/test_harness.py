@@ -100,6 +100,8 @@ def test_a_gradient_of_rounding_noise_is_measured_against_the_others():
 
 def test_empty_tensors_agree():
     harness.validate({"ours": [torch.empty(0, 3)], "theirs": [torch.empty(0, 3)]}, 1e-4)
+    with pytest.raises(harness.Disagreement, match="shapes"):
+        harness.validate({"ours": [torch.empty(0, 3)], "theirs": [torch.empty(0, 2)]}, 1e-4)
 
 
 def test_a_script_stops_with_a_sentence():

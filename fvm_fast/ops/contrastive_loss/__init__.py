@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive losses that never hold the n x m matrix of logits."""
 
+from fvm_fast.ops.contrastive_loss._targets import ClassIds, Teacher
 from fvm_fast.ops.contrastive_loss.clip_loss import clip_loss, clip_loss_reference
 from fvm_fast.ops.contrastive_loss.siglip_loss import siglip_loss, siglip_loss_reference
-from fvm_fast.ops.contrastive_loss.targets import ClassIds, Teacher
 
 __all__ = ["ClassIds", "Teacher", "clip_loss", "clip_loss_reference", "siglip_loss", "siglip_loss_reference"]

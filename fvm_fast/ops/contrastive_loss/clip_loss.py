@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
 from fvm_fast.ops._register import register_op
-from fvm_fast.ops.contrastive_loss.blocks import (
+from fvm_fast.ops.contrastive_loss._blocks import (
     Side,
     Softness,
     clip_block_backward,
@@ -28,7 +28,7 @@ from fvm_fast.ops.contrastive_loss.blocks import (
     single_positive_weights,
     without_teacher,
 )
-from fvm_fast.ops.contrastive_loss.targets import (
+from fvm_fast.ops.contrastive_loss._targets import (
     ClassIds,
     Teacher,
     check_features,
@@ -60,7 +60,7 @@ def clip_loss_reference(
 ) -> Tensor:
     """:func:`clip_loss` with the matrix of logits; in a group every process computes the joined batch."""
     if group is not None:
-        from fvm_fast.ops.contrastive_loss.joined import join
+        from fvm_fast.ops.contrastive_loss._joined import join
 
         image_features, text_features, targets = join(
             "clip_loss", image_features, text_features, targets, group, grad_reduction
@@ -253,7 +253,7 @@ def clip_loss(
             image_features, text_features, scale, **options, group=group, grad_reduction=grad_reduction
         )
     if group is not None:
-        from fvm_fast.ops.contrastive_loss.joined import joined_clip_loss
+        from fvm_fast.ops.contrastive_loss._joined import joined_clip_loss
 
         return joined_clip_loss(
             image_features, text_features, scale, **options, group=group, grad_reduction=grad_reduction

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
 from fvm_fast.ops._register import register_op
-from fvm_fast.ops.contrastive_loss.blocks import siglip_block
-from fvm_fast.ops.contrastive_loss.targets import (
+from fvm_fast.ops.contrastive_loss._blocks import siglip_block
+from fvm_fast.ops.contrastive_loss._targets import (
     ClassIds,
     check_features,
     check_reduction,
@@ -47,7 +47,7 @@ def siglip_loss_reference(
 ) -> Tensor:
     """:func:`siglip_loss` with the matrix of logits; in a group every process computes the joined batch."""
     if group is not None:
-        from fvm_fast.ops.contrastive_loss.joined import join
+        from fvm_fast.ops.contrastive_loss._joined import join
 
         image_features, text_features, targets = join(
             "siglip_loss", image_features, text_features, targets, group, grad_reduction
@@ -168,7 +168,7 @@ def siglip_loss(
     if not use_native("siglip_loss", *args) or image_features.shape[1] == 0:
         return siglip_loss_reference(*args, targets=targets, group=group, grad_reduction=grad_reduction)
     if group is not None:
-        from fvm_fast.ops.contrastive_loss.joined import joined_siglip_loss
+        from fvm_fast.ops.contrastive_loss._joined import joined_siglip_loss
 
         return joined_siglip_loss(*args, targets=targets, group=group, grad_reduction=grad_reduction)
     ids = targets if targets is not None else (None, None)

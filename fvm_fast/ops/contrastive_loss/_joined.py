@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvm_fast.ops.contrastive_loss.blocks import (
+from fvm_fast.ops.contrastive_loss._blocks import (
     Side,
     Softness,
     clip_block_backward,
@@ -21,8 +21,8 @@ from fvm_fast.ops.contrastive_loss.blocks import (
     siglip_block,
     without_teacher,
 )
-from fvm_fast.ops.contrastive_loss.ring import Ring
-from fvm_fast.ops.contrastive_loss.targets import (
+from fvm_fast.ops.contrastive_loss._ring import Ring
+from fvm_fast.ops.contrastive_loss._targets import (
     ClassIds,
     Teacher,
     check_sizes,

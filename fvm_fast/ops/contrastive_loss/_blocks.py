@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fvm_fast.ops._backend import call
-from fvm_fast.ops.contrastive_loss.targets import loss_dtype, small_ids
+from fvm_fast.ops.contrastive_loss._targets import loss_dtype, small_ids
 
 
 class Side(NamedTuple):
