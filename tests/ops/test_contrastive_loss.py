@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""clip_loss and siglip_loss: the references against open_clip and plain formulas, the kernels against those."""
+"""clip_loss and siglip_loss: the references against plain formulas, the kernels against those."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, EPS, value_and_grads
+from common import DTYPES, EPS
 from contrastive_common import TARGETS, class_ids, clip_options, features
-from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
 
 from fvm_fast.ops import (
@@ -35,31 +34,11 @@ def in_dtype(options: dict, dtype: torch.dtype) -> dict:
 # ---- references against oracles
 
 
-@pytest.mark.parametrize("n", [1, 2, 17])
-def test_references_equal_open_clip(n: int) -> None:
-    args = [features(n, 12), features(n, 12), torch.tensor(14.0).double()]
-    for ours, theirs, more in (
-        (clip_loss_reference, ClipLoss(), []),
-        (siglip_loss_reference, SigLipLoss(), [torch.tensor(-3.0).double()]),
-    ):
-        value, grads = value_and_grads(ours, args + more, torch.float64)
-        expected, expected_grads = value_and_grads(theirs, args + more, torch.float64)
-        torch.testing.assert_close([value, *grads], [expected, *expected_grads])
-
-
 def test_reference_of_label_smoothing_equals_torch() -> None:
     x, y = features(9, 5), features(9, 5)
     logits, labels = 20 * x @ y.T, torch.arange(9)
     expected = sum(F.cross_entropy(s, labels, label_smoothing=0.3) for s in (logits, logits.T)) / 2
     torch.testing.assert_close(clip_loss_reference(x, y, 20.0, label_smoothing=0.3), expected)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_reference_of_a_teacher_equals_open_clip(alpha: float) -> None:
-    x, y, t, u = (features(11, 6) for _ in range(4))
-    contrastive, distilled = DistillClipLoss()(x, y, 20.0, t, u, 15.0)
-    ours = clip_loss_reference(x, y, 20.0, targets=Teacher(t, u, 15.0, alpha))
-    torch.testing.assert_close(ours, alpha * distilled + (1 - alpha) * contrastive)
 
 
 def test_reference_of_class_ids_equals_loops() -> None:
@@ -89,14 +68,16 @@ def test_reference_of_class_ids_equals_loops() -> None:
 def eager_clip(x: Tensor, y: Tensor, scale: Tensor, options: dict) -> Tensor:
     """What torch makes in the dtype of the features."""
     if not options.get("targets") and not options.get("label_smoothing"):
-        loss = ClipLoss()(x, y, scale)
+        logits, labels = scale * x @ y.T, torch.arange(len(x))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         return loss if x.dtype == torch.float64 else loss.float()
     return clip_loss_reference(x, y, scale, **in_dtype(options, x.dtype))
 
 
 def eager_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, options: dict) -> Tensor:
     if not options:
-        loss = SigLipLoss()(x, y, scale, bias)
+        logits = scale * x @ y.T + bias
+        loss = -F.logsigmoid((2 * torch.eye(len(x), dtype=x.dtype) - 1) * logits).sum() / len(x)
         return loss if x.dtype == torch.float64 else loss.float()
     return siglip_loss_reference(x, y, scale, bias, **options)
 
