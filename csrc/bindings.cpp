@@ -38,7 +38,8 @@ template <> struct Arg<int64_t> {
 template <> struct Arg<Dtype> {
   using type = int;
   static Dtype check(type code) {
-    if (code < 0 || code > int(Dtype::u8)) throw std::invalid_argument("_C: expected a dtype code of 0 to 4, got " + std::to_string(code));
+    if (code < 0 || code > int(Dtype::u8))
+      throw std::invalid_argument("_C: expected a dtype code of 0 to 4, got " + std::to_string(code));
     return Dtype(code);
   }
 };

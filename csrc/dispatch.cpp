@@ -18,7 +18,8 @@ static bool runs_here(const std::string& isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512cd");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
   if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
@@ -56,8 +57,8 @@ std::vector<std::string> isas_usable() {
 static const Kernels* find(const std::string& name) {
   for (const Kernels* t : tables())
     if (name == t->isa && runs_here(name)) return t;
-  throw std::invalid_argument("FVM_FAST_ISA: expected one of " + join(isas_usable()) + " (built: " + join(isas_built()) +
-                              "; this processor runs the former), got '" + name + "'");
+  throw std::invalid_argument("FVM_FAST_ISA: expected one of " + join(isas_usable()) + " (built: " +
+                              join(isas_built()) + "; this processor runs the former), got '" + name + "'");
 }
 
 static const Kernels*& active() {
@@ -68,7 +69,8 @@ static const Kernels*& active() {
 std::string isa_error() {
   const char* wanted = std::getenv("FVM_FAST_ISA");
   if (isas_usable().empty())
-    return "the compiled core was built for " + join(isas_built()) + ", and this processor runs none of them; build it here: "
+    return "the compiled core was built for " + join(isas_built()) +
+           ", and this processor runs none of them; build it here: "
            "pip install --force-reinstall --no-cache-dir --no-deps fvm_fast";
   try {
     if (wanted && *wanted) set_isa(wanted);

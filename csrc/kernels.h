@@ -19,6 +19,7 @@ template <class T> struct Maybe {  // a pointer that may be null
 
 constexpr int64_t kOk = -1;
 
+// clang-format off: the shapes stand in a column
 struct Kernels {
   const char* isa;
 
@@ -126,22 +127,23 @@ struct Kernels {
                              int64_t B, int64_t P, int64_t K, int64_t L, int64_t D, int64_t pos_rows, Dtype dtype,
                              int64_t threads);
 };
+// clang-format on
 
 // Every kernel once: declares them, fills the table of each instruction set and makes the Python bindings.
-#define FVM_KERNELS(X) \
-  X(clip_loss_fwd_workspace) \
-  X(clip_loss_fwd) \
-  X(clip_loss_bwd_workspace) \
-  X(clip_loss_bwd) \
-  X(siglip_loss_workspace) \
-  X(siglip_loss) \
+#define FVM_KERNELS(X)         \
+  X(clip_loss_fwd_workspace)   \
+  X(clip_loss_fwd)             \
+  X(clip_loss_bwd_workspace)   \
+  X(clip_loss_bwd)             \
+  X(siglip_loss_workspace)     \
+  X(siglip_loss)               \
   X(patch_embed_fwd_workspace) \
-  X(patch_embed_fwd) \
+  X(patch_embed_fwd)           \
   X(patch_embed_bwd_workspace) \
-  X(patch_embed_bwd) \
-  X(gather_tokens_fwd) \
-  X(gather_tokens_bwd) \
-  X(restore_tokens_fwd) \
+  X(patch_embed_bwd)           \
+  X(gather_tokens_fwd)         \
+  X(gather_tokens_bwd)         \
+  X(restore_tokens_fwd)        \
   X(restore_tokens_bwd)
 
 }  // namespace fvm
