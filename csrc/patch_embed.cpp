@@ -135,10 +135,8 @@ int64_t patch_embed_fwd(const void* images, Dtype image_dtype, bool channels_las
     Workspace arena(workspace);
     const ForwardSpace<T> space(arena, F, D, threads);
     const Pixels<S> pixels = pixels_of<T>(grid, B, images, image_dtype, mean, std, space.scale, space.shift);
-    weight_order(grid, space.order);
-    pack_panels<Tile<O>::NR>(space.weight, D, F, threads, [&](int64_t d, int64_t f) {
-      return to_operand<O>(static_cast<const T*>(weight)[d * F + space.order[f]]);
-    });
+    pack_weight_rows<Tile<O>::NR>(space.weight, static_cast<const T*>(weight), weight_order(grid, space.order), D, F,
+                                  threads);
     const Output<S> output{out,
                            D,
                            pos_rows,

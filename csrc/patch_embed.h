@@ -71,24 +71,47 @@ Pixels<Acc<T>> pixels_of(const PatchGrid& grid, int64_t B, const void* images, D
   return pixels;
 }
 
-// Panels of `WIDTH` of the n columns (or rows) of an operand with K steps; element(i, k) is its value
-template <int WIDTH, class P, class F>
-void pack_panels(P* packed, int64_t n, int64_t K, int64_t threads, F&& element) {
+// order[f]: the place of feature f in a row of the weight; null when it is f itself
+static inline const int64_t* weight_order(const PatchGrid& grid, int64_t* order) {
+  if (!grid.channels_last) return nullptr;
+  for (int64_t f = 0; f < grid.features(); f++) order[f] = grid.in_weight(f);
+  return order;
+}
+
+// A panel of `WIDTH` of n columns (or rows) of an operand with K steps; element(i, k) is its value
+template <int WIDTH, class P, class F> void pack_elements(P* panel, int64_t n, int64_t K, F&& element) {
   constexpr int KU = Tile<P>::KU;
-  const int64_t Kp = padded_k<P>(K);
-  parallel_for(ceil_div(n, WIDTH), threads, [&](int64_t panel, int64_t) {
-    P* dst = packed + panel * WIDTH * Kp;
-    const int64_t first = panel * WIDTH, columns = min(WIDTH, n - first);
-    for (int64_t k = 0; k < Kp; k++) {
-      P* d = dst + k / KU * KU * WIDTH + k % KU;
-      for (int64_t i = 0; i < WIDTH; i++) d[i * KU] = i < columns && k < K ? element(first + i, k) : P{};
-    }
+  for (int64_t k = 0; k < padded_k<P>(K); k++) {
+    P* d = panel + k / KU * KU * WIDTH + k % KU;
+    for (int64_t i = 0; i < WIDTH; i++) d[i * KU] = i < n && k < K ? to_operand<P>(element(i, k)) : P{};
+  }
+}
+
+// The D rows of the weight [D, F] in panels
+template <int WIDTH, class P, class T>
+void pack_weight_rows(P* packed, const T* weight, const int64_t* order, int64_t D, int64_t F, int64_t threads) {
+  parallel_for(ceil_div(D, WIDTH), threads, [&](int64_t panel, int64_t) {
+    const int64_t d = panel * WIDTH, rows = min(WIDTH, D - d);
+    P* dst = packed + d * padded_k<P>(F);
+    const T* src = weight + d * F;
+    if (order)
+      pack_elements<WIDTH>(dst, rows, F, [&](int64_t i, int64_t f) { return src[i * F + order[f]]; });
+    else
+      pack_rows<WIDTH>(dst, src, F, rows, F);
   });
 }
 
-// order[f]: the place of feature f in a row of the weight
-static inline void weight_order(const PatchGrid& grid, int64_t* order) {
-  for (int64_t f = 0; f < grid.features(); f++) order[f] = grid.in_weight(f);
+// Its F columns in panels
+template <int WIDTH, class P, class T>
+void pack_weight_columns(P* packed, const T* weight, const int64_t* order, int64_t D, int64_t F, int64_t threads) {
+  parallel_for(ceil_div(F, WIDTH), threads, [&](int64_t panel, int64_t) {
+    const int64_t f = panel * WIDTH, columns = min(WIDTH, F - f);
+    P* dst = packed + f * padded_k<P>(D);
+    if (order)
+      pack_elements<WIDTH>(dst, columns, D, [&](int64_t i, int64_t d) { return weight[d * F + order[f + i]]; });
+    else
+      pack_columns<WIDTH>(dst, weight + f, F, columns, D);
+  });
 }
 
 // Tokens of a task: a few tiles, so that a panel of the weight is used more than once while it is in the cache

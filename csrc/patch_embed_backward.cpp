@@ -84,8 +84,11 @@ template <int WIDTH, class P> void pack_step(P* __restrict panels, int64_t steps
   for (int64_t i0 = 0; i0 < n; i0 += WIDTH, d += WIDTH * padded_k<P>(steps)) {
     if constexpr (Tile<P>::KU == 1)
       memcpy(d, rows + i0, WIDTH * sizeof(P));
-    else
-      for (int i = 0; i < WIDTH; i++) d[2 * i] = rows[i0 + i], d[2 * i + 1] = rows[row_size + i0 + i];
+    else {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(d);
+      for (int i = 0; i < WIDTH; i++)
+        pairs[i] = uint32_t(rows[i0 + i].bits) | uint32_t(rows[row_size + i0 + i].bits) << 16;
+    }
   }
 }
 
@@ -295,10 +298,8 @@ void patch_embed_bwd(const void* dout_, Dtype out_dtype, const void* images, Dty
     if (dbias || dpos || dprefix || dmask_token)
       parameter_gradients<T>(tokens, dout, as(dbias), as(dpos), as(dprefix), as(dmask_token), pos_rows, space, threads);
     if (!dimages) return;
-    weight_order(grid, space.order);
-    pack_panels<Tile<O>::NR>(space.weight, F, D, threads, [&](int64_t f, int64_t d) {
-      return to_operand<O>(static_cast<const T*>(weight)[d * F + space.order[f]]);
-    });
+    pack_weight_columns<Tile<O>::NR>(space.weight, static_cast<const T*>(weight), weight_order(grid, space.order), D, F,
+                                     threads);
     memset(static_cast<void*>(space.zeros), 0, F * sizeof(S));
     image_gradient<T>(pixels, tokens, dout, dimages.p, image_dtype == dtype ? scatter_to<S, T> : scatter_to<S, S>,
                       space, threads);
