@@ -33,6 +33,9 @@ fi
 # The requirements first, then the core by itself: so its messages are seen, and its objects are kept for the next time.
 echo "install.sh: installing $torch and the extras $extras into .venv (a few minutes, several GB)"
 FVM_FAST_CORE=0 .venv/bin/python -m pip install --disable-pip-version-check --quiet "$torch" --editable ".[$extras]"
+case ",$extras," in *,dev,*) # an oracle; what it declares to need (a training framework) its losses do not
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps lightly==1.6.0 ;;
+esac
 echo "install.sh: building the compiled core (a minute or two)"
 .venv/bin/python setup.py --quiet build_ext --inplace
 .venv/bin/fvm-fast doctor

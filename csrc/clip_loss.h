@@ -5,36 +5,15 @@
 //   L = sum_i w_i (lse_i - sum_j q_ij S_ij) + sum_j w_j (lse_j - sum_i q'_ij S_ij),   lse: log-sum-exp of row or column
 //   dL/dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - Q_ij,                  Q_ij = w_i q_ij + w_j q'_ij
 //
-// The forward makes every tile of S once for both directions, the backward once more. The loss of a pair that is told
+// The forward makes every tile of S once for both directions; the backward once more, but for those of the first rows,
+// which the forward keeps as long as they are no more than a few times the features. The loss of a pair that is told
 // apart well is a small difference of lse and S: differences are taken between similarities, before they are scaled,
 // and log-sum-exps are kept in double. This file: what both passes know of the rows, the columns and their targets.
 #pragma once
 #include "contrastive_loss.h"
+#include "log_sum_exp.h"
 
 namespace fvm::FVM_ISA {
-
-// Below this spread of the logits of a tile one exponential serves rows and columns: none of them is lost to underflow.
-template <class A> constexpr A kSpan = sizeof(A) == 4 ? 60 : 600;
-
-// A scale taken apart: `sign` goes to the similarities, so that a larger one is a larger logit. Zero becomes a number
-// that changes no logit but still separates the padding from them.
-template <class A> struct Scale {
-  A size, sign;
-  explicit Scale(double scale)
-      : size(A(std::fabs(scale) < 1e-30 ? 1e-30 : std::fabs(scale))), sign(scale < 0 ? -1 : 1) {}
-};
-
-// lse = scale * ref + rest: exp(S - lse) = exp(scale * (similarity - ref) - rest) loses nothing to the size of S
-template <class A> struct Lse {
-  A *ref, *rest;
-  void set(int64_t i, double lse, Scale<A> scale) const {
-    ref[i] = A(lse / scale.size);
-    rest[i] = A(lse - double(scale.size) * double(ref[i]));
-  }
-};
-template <class V, class A> static inline V probability(V similarity, A scale, V ref, V rest) {
-  return vexp((similarity - ref) * scale - rest);
-}
 
 // ---- what is known of each row, or column: padded to whole panels with what adds nothing
 
@@ -50,13 +29,13 @@ template <class A> struct Side {
     lse = {ws.take<A>(padded), ws.take<A>(padded)};
     teacher = {ws.take<A>(padded), ws.take<A>(padded)};
   }
-  // targets [3, n]: weight, positive, the teacher's log-sum-exp
-  void fill(const double* targets, const double* lse_of, Scale<A> scale, Scale<A> teacher_scale) const {
+  // targets [3, n]: weight, positive, the teacher's log-sum-exp. Null: one positive each, `hard` of its target.
+  void fill(const double* targets, double hard, const double* lse_of, Scale<A> scale, Scale<A> teacher_scale) const {
     for (int64_t i = 0; i < padded; i++) {
-      weight[i] = i < n ? A(targets[i]) : 0;
-      positive[i] = i < n ? targets[n + i] : 0;
+      weight[i] = i < n ? A(targets ? targets[i] : 0.5 / double(n)) : 0;
+      positive[i] = i < n ? (targets ? targets[n + i] : 0.5 / double(n) * hard) : 0;
       lse.set(i, i < n && lse_of ? lse_of[i] : 0, scale);
-      teacher.set(i, i < n ? targets[2 * n + i] : 0, teacher_scale);
+      teacher.set(i, i < n && targets ? targets[2 * n + i] : 0, teacher_scale);
     }
   }
 };
@@ -66,7 +45,7 @@ template <class A> struct Side {
 template <class T> struct ClipInputs {
   Pairs<T> pairs, teacher;  // teacher.x is null without one
   const int32_t *row_ids, *col_ids;
-  const double *row_targets, *col_targets, *row_lse, *col_lse;
+  const double *row_targets, *col_targets, *lse;  // lse: of rows, then of columns; null before they are known
   double scale, teacher_scale, teacher_weight, row_smoothing, col_smoothing;
 };
 
@@ -97,8 +76,9 @@ template <class T> struct ClipTargets {
 
   void fill(const ClipInputs<T>& in, int64_t threads) const {
     positives.fill(in.row_ids, in.col_ids);
-    row.fill(in.row_targets, in.row_lse, scale, teacher_scale);
-    column.fill(in.col_targets, in.col_lse, scale, teacher_scale);
+    const double hard = 1 - in.row_smoothing * double(in.pairs.m);
+    row.fill(in.row_targets, hard, in.lse, scale, teacher_scale);
+    column.fill(in.col_targets, hard, in.lse ? in.lse + in.pairs.n : nullptr, scale, teacher_scale);
     if (teacher_dim == 0) return;
     pack_rows_parallel<MR>(teacher_x, in.teacher.x, in.teacher.n, teacher_dim, threads);
     pack_rows_parallel<NR>(teacher_y, in.teacher.y, in.teacher.m, teacher_dim, threads);
@@ -133,13 +113,6 @@ template <class T> struct ClipTargets {
     positives.for_each(i0, j0, [&](int i, int j) { f(i * NR + j, row.positive[i0 + i] + column.positive[j0 + j]); });
   }
 };
-
-template <class A> static inline void range(const A* values, int n, A& low, A& high) {
-  Vec<A> lows = load(values), highs = lows;
-  for (int e = kLanes<A>; e < n; e += kLanes<A>)
-    lows = min<A>(lows, load(values + e)), highs = max<A>(highs, load(values + e));
-  low = -max_lanes<A>(-lows), high = max_lanes<A>(highs);
-}
 
 template <class T>
 static inline ClipInputs<T> clip_inputs(const void* x, const void* y, const void* teacher_x, const void* teacher_y,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // clip_loss backward: G = dL/dS of every tile from the log-sum-exps of the forward; the products are pair_gradients'.
 #include "clip_loss.h"
+#include "pair_gradients.h"
 
 namespace fvm::FVM_ISA {
 
@@ -61,14 +62,14 @@ template <class T> struct ClipGradient {
 };
 
 template <class T>
-void clip_backward(const ClipInputs<T>& in, double dloss, Acc<T>* dx, Acc<T>* dy, double* dscale, void* workspace,
-                   int64_t threads) {
+void clip_backward(const ClipInputs<T>& in, double dloss, const Kept<Operand<T>>& kept, Acc<T>* dx, Acc<T>* dy,
+                   Acc<T>* dscale, void* workspace, int64_t threads) {
   Workspace space(workspace);
   const GradientSpace<T> ws(space, in.pairs.n, in.pairs.m, in.pairs.D, dx != nullptr, dy != nullptr);
   const ClipTargets<T> targets(space, in);
   targets.fill(in, threads);
-  *dscale =
-      dloss * pair_gradients(in.pairs, ws, dx, dy, Acc<T>(in.scale * dloss), threads, ClipGradient<T>{targets}).scale;
+  const Acc<T> factor = Acc<T>(in.scale * dloss);
+  *dscale = Acc<T>(dloss * pair_gradients(in.pairs, ws, dx, dy, factor, threads, ClipGradient<T>{targets}, kept).scale);
 }
 
 }  // namespace
@@ -83,19 +84,21 @@ int64_t clip_loss_bwd_workspace(int64_t n, int64_t m, int64_t D, int64_t teacher
   });
 }
 
-void clip_loss_bwd(const void* x, const void* y, const int32_t* row_ids, const int32_t* col_ids,
-                   const double* row_targets, const double* col_targets, Maybe<const void> teacher_x,
-                   Maybe<const void> teacher_y, const double* row_lse, const double* col_lse, Maybe<void> dx,
-                   Maybe<void> dy, double* dscale, void* workspace, double scale, double dloss, double teacher_scale,
+void clip_loss_bwd(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
+                   Maybe<const double> row_targets, Maybe<const double> col_targets, Maybe<const void> teacher_x,
+                   Maybe<const void> teacher_y, const double* lse, Maybe<const void> kept, Maybe<void> dx,
+                   Maybe<void> dy, void* dscale, void* workspace, double scale, double dloss, double teacher_scale,
                    double teacher_weight, double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D,
-                   int64_t teacher_D, Dtype dtype, int64_t threads) {
+                   int64_t teacher_D, int64_t kept_size, Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
+    using A = Acc<T>;
     ClipInputs<T> in = clip_inputs<T>(x, y, teacher_x.p, teacher_y.p, n, m, D, teacher_D);
-    in.row_ids = row_ids, in.col_ids = col_ids, in.row_targets = row_targets, in.col_targets = col_targets;
-    in.row_lse = row_lse, in.col_lse = col_lse;
-    in.scale = scale, in.teacher_scale = teacher_scale, in.teacher_weight = teacher_weight;
+    in.row_ids = row_ids.p, in.col_ids = col_ids.p, in.row_targets = row_targets.p, in.col_targets = col_targets.p;
+    in.lse = lse, in.scale = scale, in.teacher_scale = teacher_scale, in.teacher_weight = teacher_weight;
     in.row_smoothing = row_smoothing, in.col_smoothing = col_smoothing;
-    clip_backward(in, dloss, static_cast<Acc<T>*>(dx.p), static_cast<Acc<T>*>(dy.p), dscale, workspace, threads);
+    const Kept<Operand<T>> had(const_cast<void*>(kept.p), kept_size, n, m);
+    clip_backward(in, dloss, had, static_cast<A*>(dx.p), static_cast<A*>(dy.p), static_cast<A*>(dscale), workspace,
+                  team(threads, n * m * D));
   });
 }
 

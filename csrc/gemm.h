@@ -55,10 +55,13 @@ template <class P, class T> static inline P to_operand(T x) {
 
 // One vector of the K steps of a row, a step being KU operands in the room of one accumulator.
 template <class P, class T> static inline Vec<Acc<P>> load_steps(const T* src) {
-  if constexpr (Tile<P>::KU == 2)
-    return load(reinterpret_cast<const float*>(src));
-  else
+  if constexpr (Tile<P>::KU == 2) {
+    Vec<Acc<P>> pairs;
+    memcpy(&pairs, src, sizeof pairs);  // aligned to one operand, not to two
+    return pairs;
+  } else {
     return load_widened(src);
+  }
 }
 
 // A panel of `rows` rows, K steps at a time transposed in registers.
@@ -113,7 +116,9 @@ static inline void pack_columns(P* dst, const T* src, int64_t ld, int64_t n, int
           memcpy(static_cast<void*>(d + i * 2), &pair, 4);
         }
       } else {
-        for (int i = 0; i < WIDTH; i += kLanes<Acc<P>>) store(d + i, load_widened(s + i));
+        constexpr int L = kLanes<Acc<P>>, kVectors = WIDTH / L * L;
+        for (int i = 0; i < kVectors; i += L) store(d + i, load_widened(s + i));
+        for (int i = kVectors; i < WIDTH; i++) d[i] = to_operand<P>(s[i]);
       }
     }
   }

@@ -26,43 +26,78 @@ struct Kernels {
   // ---- contrastive_loss: pairs (x_i, y_j) with logits S_ij = scale x_i . y_j (+ bias); positive where ids are equal.
   // Gradients and sums have the accumulation type; a workspace is as many bytes as its function says.
   int64_t (*clip_loss_fwd_workspace)(int64_t n, int64_t m, int64_t D, int64_t teacher_D, Dtype dtype, int64_t threads);
-  void (*clip_loss_fwd)(const void* x,                 // [n, D]
-                        const void* y,                 // [m, D]
-                        const int32_t* row_ids,        // [n], 0 or more
-                        const int32_t* col_ids,        // [m], 0 or more
-                        const double* row_targets,     // [3, n]: weight of a row, of each of its positives, teacher's lse
-                        const double* col_targets,     // [3, m]
-                        Maybe<const void> teacher_x,   // [n, teacher_D], teacher_D = 0 without it
-                        Maybe<const void> teacher_y,   // [m, teacher_D]
-                        double* row_lse,               // [n]
-                        double* col_lse,               // [m]
-                        double* target_sum,            // [1]: sum of targets times logits
+  void (*clip_loss_fwd)(const void* x,                    // [n, D]
+                        const void* y,                    // [m, D]
+                        Maybe<const int32_t> row_ids,     // [n], 0 or more; null: their numbers
+                        Maybe<const int32_t> col_ids,     // [m]
+                        Maybe<const double> row_targets,  // [3, n]: weight of a row, of each of its positives, teacher's
+                        Maybe<const double> col_targets,  // [3, m]  lse; null: one positive each, and no teacher
+                        Maybe<const void> teacher_x,      // [n, teacher_D], teacher_D = 0 without it
+                        Maybe<const void> teacher_y,      // [m, teacher_D]
+                        double* lse,                      // [n + m]: of rows, then of columns
+                        Maybe<double> target_sum,         // [1]: sum of targets times logits
+                        Maybe<void> loss,                 // [1], where the pairs are all there are
+                        Maybe<void> kept,                 // [kept_size]: similarities of first rows, for the backward
                         void* workspace, double scale, double teacher_scale, double teacher_weight,
                         double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D, int64_t teacher_D,
-                        Dtype dtype, int64_t threads);
+                        int64_t kept_size, Dtype dtype, int64_t threads);
   int64_t (*clip_loss_bwd_workspace)(int64_t n, int64_t m, int64_t D, int64_t teacher_D, bool want_x, bool want_y,
                                      Dtype dtype, int64_t threads);
-  void (*clip_loss_bwd)(const void* x, const void* y, const int32_t* row_ids, const int32_t* col_ids,
-                        const double* row_targets, const double* col_targets, Maybe<const void> teacher_x,
+  void (*clip_loss_bwd)(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
+                        Maybe<const double> row_targets, Maybe<const double> col_targets, Maybe<const void> teacher_x,
                         Maybe<const void> teacher_y,
-                        const double* row_lse,         // [n]
-                        const double* col_lse,         // [m]
-                        Maybe<void> dx,                // [n, D]
-                        Maybe<void> dy,                // [m, D]
-                        double* dscale,                // [1]
+                        const double* lse,                // [n + m]
+                        Maybe<const void> kept,           // [kept_size], as the forward left it
+                        Maybe<void> dx,                   // [n, D]
+                        Maybe<void> dy,                   // [m, D]
+                        void* dscale,                     // [1]
                         void* workspace, double scale, double dloss, double teacher_scale, double teacher_weight,
                         double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D, int64_t teacher_D,
-                        Dtype dtype, int64_t threads);
+                        int64_t kept_size, Dtype dtype, int64_t threads);
+  int64_t (*info_nce_loss_fwd_workspace)(int64_t n, int64_t K, int64_t D, bool want_pull, Dtype dtype, int64_t threads);
+  void (*info_nce_loss_fwd)(const void* query,           // [n, D]
+                            Maybe<const void> positive,  // [n, D]: each query's own key, beside the keys of all
+                            Maybe<const void> keys,      // [K, D], null when empty
+                            double* stats,               // [3, n]: lse - own logit, 1 - own probability, lse
+                            void* loss,                  // []: mean of the first
+                            Maybe<void> pull,            // [n, D]: gradient of the first by the query, over the scale
+                            void* workspace, double scale, int64_t n, int64_t K, int64_t D, Dtype dtype,
+                            int64_t threads);
+  int64_t (*info_nce_loss_bwd_workspace)(int64_t n, int64_t K, int64_t D, Dtype dtype, int64_t threads);
+  void (*info_nce_loss_bwd)(const void* query, const void* keys,
+                            Maybe<const int32_t> row_ids,  // [n], 0 or more: positive where equal, if there are shares
+                            Maybe<const int32_t> key_ids,  // [K], 0 or more
+                            const double* lse,             // [n]
+                            Maybe<const double> share,     // [n]: of a row in each of its positives
+                            void* dkeys,                   // [K, D]
+                            void* workspace, double scale, double dloss, int64_t n, int64_t K, int64_t D, Dtype dtype,
+                            int64_t threads);
+  int64_t (*nt_xent_loss_fwd_workspace)(int64_t R, int64_t D, Dtype dtype, int64_t threads);
+  void (*nt_xent_loss_fwd)(const void* z,              // [R, D]: rows i and i + R/2 are positives of one another
+                           double* lse,                // [R]: of a row's logits but its own
+                           double* positive_sum,       // [1]: of the logits of the R/2 positive pairs
+                           void* loss,                 // []: of these rows alone
+                           void* workspace, double scale, int64_t R, int64_t D, Dtype dtype, int64_t threads);
+  int64_t (*nt_xent_loss_bwd_workspace)(int64_t R, int64_t D, Dtype dtype, int64_t threads);
+  void (*nt_xent_loss_bwd)(const void* z,
+                           const double* lse,          // [R]
+                           Maybe<void> dz,             // [R, D]
+                           void* dscale,               // []
+                           void* workspace, double scale,
+                           double weight,              // of a row in the loss
+                           double dloss, int64_t R, int64_t D, Dtype dtype, int64_t threads);
   int64_t (*siglip_loss_workspace)(int64_t n, int64_t m, int64_t D, bool want_x, bool want_y, Dtype dtype,
                                    int64_t threads);
-  void (*siglip_loss)(const void* x,                   // [n, D]
-                      const void* y,                   // [m, D]
-                      const int32_t* row_ids,          // [n], 0 or more
-                      const int32_t* col_ids,          // [m], 0 or more
+  void (*siglip_loss)(const void* x,                      // [n, D]
+                      const void* y,                      // [m, D]
+                      Maybe<const int32_t> row_ids,       // [n], 0 or more; null: their numbers
+                      Maybe<const int32_t> col_ids,       // [m]
                       double scale, double bias,
-                      double* sums,                    // [3]: of the loss, its derivative by the scale, by the bias
-                      Maybe<void> dx,                  // [n, D]
-                      Maybe<void> dy,                  // [m, D]
+                      double weight,                      // of a pair in the loss
+                      void* loss,                         // [1]
+                      void* slopes,                       // [2]: its derivatives by the scale and by the bias
+                      Maybe<void> dx,                     // [n, D]
+                      Maybe<void> dy,                     // [m, D]
                       void* workspace, int64_t n, int64_t m, int64_t D, Dtype dtype, int64_t threads);
 
   // ---- patch_embed: L = H/p * W/p patches and P + K tokens an image (K = L without ids), F = C * p * p values a patch
@@ -126,24 +161,61 @@ struct Kernels {
                              void* partial_sums,           // [P + L, D] of the accumulation type
                              int64_t B, int64_t P, int64_t K, int64_t L, int64_t D, int64_t pos_rows, Dtype dtype,
                              int64_t threads);
+
+  // ---- window_attention: B maps of H x W tokens, cut into ceil(H/wh) x ceil(W/ww) windows of N = wh * ww tokens;
+  // C = heads * d. S is f64 for f64 and f32 for all else. Workspaces in bytes
+  int64_t (*window_attention_fwd_workspace)(int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t wh,
+                                            int64_t ww, Dtype dtype, int64_t threads);
+  void (*window_attention_fwd)(const void* qkv,                // [B, H, W, 3C]
+                               Maybe<const void> bias,         // [heads, N, N] of S
+                               Maybe<const void> logit_scale,  // [heads] of S: given, q and k are compared by cosine
+                               Maybe<const void> pad_qkv,      // [3C] of S: tokens outside of the map, zero without it
+                               void* out,                      // [B, H, W, C]
+                               void* workspace, double scale, double mask_value, double dropout_p, int64_t seed,
+                               bool pad_then_roll, bool heads_outermost, int64_t B, int64_t H, int64_t W, int64_t heads,
+                               int64_t d, int64_t wh, int64_t ww, int64_t sh, int64_t sw, Dtype dtype, int64_t threads);
+  int64_t (*window_attention_bwd_workspace)(int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t wh,
+                                            int64_t ww, bool want_bias, Dtype dtype, int64_t threads);
+  void (*window_attention_bwd)(const void* dout,               // [B, H, W, C]
+                               const void* qkv, Maybe<const void> bias, Maybe<const void> logit_scale,
+                               Maybe<const void> pad_qkv,
+                               Maybe<void> dqkv,               // [B, H, W, 3C]
+                               Maybe<void> dbias,              // [heads, N, N] of S
+                               Maybe<void> dlogit_scale,       // [heads] of S
+                               Maybe<void> dpad_qkv,           // [3C] of S
+                               void* workspace, double scale, double mask_value, double dropout_p, int64_t seed,
+                               bool pad_then_roll, bool heads_outermost, int64_t B, int64_t H, int64_t W, int64_t heads,
+                               int64_t d, int64_t wh, int64_t ww, int64_t sh, int64_t sw, Dtype dtype, int64_t threads);
 };
 // clang-format on
 
 // Every kernel once: declares them, fills the table of each instruction set and makes the Python bindings.
-#define FVM_KERNELS(X)         \
-  X(clip_loss_fwd_workspace)   \
-  X(clip_loss_fwd)             \
-  X(clip_loss_bwd_workspace)   \
-  X(clip_loss_bwd)             \
-  X(siglip_loss_workspace)     \
-  X(siglip_loss)               \
-  X(patch_embed_fwd_workspace) \
-  X(patch_embed_fwd)           \
-  X(patch_embed_bwd_workspace) \
-  X(patch_embed_bwd)           \
-  X(gather_tokens_fwd)         \
-  X(gather_tokens_bwd)         \
-  X(restore_tokens_fwd)        \
-  X(restore_tokens_bwd)
+#define FVM_KERNELS(X)              \
+  X(clip_loss_fwd_workspace)        \
+  X(clip_loss_fwd)                  \
+  X(clip_loss_bwd_workspace)        \
+  X(clip_loss_bwd)                  \
+  X(info_nce_loss_fwd_workspace)    \
+  X(info_nce_loss_fwd)              \
+  X(info_nce_loss_bwd_workspace)    \
+  X(info_nce_loss_bwd)              \
+  X(nt_xent_loss_fwd_workspace)     \
+  X(nt_xent_loss_fwd)               \
+  X(nt_xent_loss_bwd_workspace)     \
+  X(nt_xent_loss_bwd)               \
+  X(siglip_loss_workspace)          \
+  X(siglip_loss)                    \
+  X(patch_embed_fwd_workspace)      \
+  X(patch_embed_fwd)                \
+  X(patch_embed_bwd_workspace)      \
+  X(patch_embed_bwd)                \
+  X(gather_tokens_fwd)              \
+  X(gather_tokens_bwd)              \
+  X(restore_tokens_fwd)             \
+  X(restore_tokens_bwd)             \
+  X(window_attention_fwd_workspace) \
+  X(window_attention_fwd)           \
+  X(window_attention_bwd_workspace) \
+  X(window_attention_bwd)
 
 }  // namespace fvm

@@ -24,21 +24,31 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
-// aligned(...) states the alignment of a load, not of the register: every load and store may be unaligned.
-typedef float vf32 __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
-typedef int32_t vi32 __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
-typedef uint32_t vu32 __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
-typedef double vf64 __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+typedef float vf32 __attribute__((vector_size(kVecBytes), may_alias));
+typedef int32_t vi32 __attribute__((vector_size(kVecBytes), may_alias));
+typedef uint32_t vu32 __attribute__((vector_size(kVecBytes), may_alias));
+typedef double vf64 __attribute__((vector_size(kVecBytes), may_alias));
+// Half a vector in memory, where nothing but the element is aligned.
 typedef uint16_t vu16h __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
 
+// `memory` is how a vector is loaded and stored. Values have another type, since a vector type forgets that it is not
+// aligned wherever it is deduced (of an argument, by `auto`), and is then moved by instructions that need it to be.
 template <class T> struct VecOf;
-template <> struct VecOf<float> { using type = vf32; };
-template <> struct VecOf<double> { using type = vf64; };
+template <> struct VecOf<float> {
+  using type = vf32;
+  typedef float memory __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+};
+template <> struct VecOf<double> {
+  using type = vf64;
+  typedef double memory __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+};
 template <class T> using Vec = typename VecOf<T>::type;
 template <class T> constexpr int kLanes = kVecBytes / int(sizeof(T));
 
-template <class T> static inline Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
-template <class T> static inline void store(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
+template <class T> static inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::memory*>(p);
+}
+template <class T> static inline void store(T* p, Vec<T> v) { *reinterpret_cast<typename VecOf<T>::memory*>(p) = v; }
 template <class T> static inline Vec<T> splat(T x) { return Vec<T>{} + x; }
 
 // ---- storage types: bf16 and fp16 are widened to float as they are read, rounded to nearest even as they are written
@@ -200,7 +210,40 @@ static inline vf64 vexp(vf64 x) {
   return x;
 }
 
-// ---- log(1 + x) for x in [0, 1]: relative error below 2e-7 (float), however small x is; NaN stays NaN.
+// ---- 2^x: relative error below 1e-7 (float) on [-126, 127]; 0 below, saturated above; NaN stays NaN. Cheaper than exp:
+// a softmax that scales its logits anyway scales them by log2(e) too.
+static inline vf32 vexp2(vf32 x) {
+#if defined(__AVX512F__)
+  vf32 r = vf32(_mm512_reduce_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  vf32 n = x - r;
+#else
+  constexpr float kRound = 12582912.0f;  // as in vexp
+  vf32 c = x > 127.0f ? splat(127.0f) : x;
+  c = c < -126.0f ? splat(-126.0f) : c;
+  vf32 n = (c + kRound) - kRound;
+  vf32 r = c - n;
+#endif
+  vf32 p = splat(1.53458081e-4f);  // of the least relative error on [-1/2, 1/2]
+  p = p * r + 1.33999321e-3f;
+  p = p * r + 9.61848907e-3f;
+  p = p * r + 5.55032864e-2f;
+  p = p * r + 2.40226462e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return vf32(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
+  vi32 exponent = (__builtin_convertvector(n, vi32) + 127) << 23;
+  vf32 y = p * reinterpret_cast<vf32&>(exponent);
+  return x < -126.0f ? splat(0.0f) : y;
+#endif
+}
+static inline vf64 vexp2(vf64 x) {
+  for (int i = 0; i < kLanes<double>; i++) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// ---- log(1 + x) for x in [0, 1]: relative error below 2.5e-7 (float), however small x is; NaN stays NaN.
 // log(1 + x) = 2 atanh(x / (2 + x)), whose series in t^2 <= 1/9 is cut after eight terms.
 static inline vf32 vlog1p(vf32 x) {
   vf32 t = x / (x + 2.0f), u = t * t;

@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fvm_fast
-from fvm_fast import ops
+from fvm_fast import doctor_cuda, ops
 from fvm_fast.ops import _backend
 
 # What brings a C++ compiler and Python.h, by the program that installs packages.
@@ -50,7 +50,7 @@ def examine() -> dict:
         versions, processor, core, threads, openmp, backend, cuda, ops (name -> backend and why), extras (name -> the
         packages that are missing) and remedies (sentences, each with a command; empty when all is well).
     """
-    core = examine_core()
+    core, cuda = examine_core(), doctor_cuda.examine()
     return {
         "versions": {
             "fvm_fast": fvm_fast.__version__,
@@ -63,10 +63,10 @@ def examine() -> dict:
         "threads": torch.get_num_threads(),
         "openmp": examine_openmp(core["file"]),
         "backend": _backend._mode,
-        "cuda": "not built in this version: CUDA tensors take the torch path",
+        "cuda": cuda,
         "ops": {name: examine_op(name) for name in op_names()},
         "extras": examine_extras(),
-        "remedies": remedies(core),
+        "remedies": remedies(core) + doctor_cuda.remedies(cuda, reinstall_command()),
     }
 
 
@@ -103,7 +103,7 @@ def examine_core() -> dict:
 
 def why_no_core() -> str:
     """One sentence about a core that is not there, or does not load."""
-    files = sorted(Path(__file__).parent.glob("_C*.so"))
+    files = sorted(Path(__file__).parent.glob("_C.*so"))
     if not files:
         return "it was left out when fvm_fast was installed"
     return f"{files[0]} does not load: {_backend._why_no_core}"
@@ -143,7 +143,10 @@ def sample(name: str) -> tuple[tuple, dict]:
         "gather_tokens": ((rand(1, 3, 5), ids[:, :2]), {}),
         "restore_tokens": ((rand(1, 2, 5), ids, rand(5)), {}),
         "clip_loss": ((*features, torch.tensor(2.0)), {}),
+        "info_nce_loss": ((*features, rand(5, 8), torch.tensor(0.5)), {}),
+        "nt_xent_loss": ((*features, torch.tensor(0.5)), {}),
         "siglip_loss": ((*features, torch.tensor(2.0), torch.tensor(-1.0)), {}),
+        "window_attention": ((rand(1, 3, 5, 12), rand(2, 4, 4)), {"num_heads": 2, "window_size": 2, "shift_size": 1}),
     }[name]
 
 
@@ -266,7 +269,7 @@ def format_report(report: dict) -> str:
         "threads": f"{report['threads']} (OMP_NUM_THREADS or torch.set_num_threads)",
         "OpenMP": f"{openmp['verdict']}: {', '.join(openmp['runtimes'])}".removesuffix(": "),
         "backend": f"{report['backend']} (FVM_FAST_BACKEND or fvm_fast.backend)",
-        "CUDA": report["cuda"],
+        "CUDA": doctor_cuda.format_line(report["cuda"]),
     }
     lines = [f"{name:<14}{text}" for name, text in facts.items()]
     lines += ["", f"{'op':<18}{'backend':<10}why"]

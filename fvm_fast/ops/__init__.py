@@ -7,6 +7,10 @@ from fvm_fast.ops.contrastive_loss import (
     Teacher,
     clip_loss,
     clip_loss_reference,
+    info_nce_loss,
+    info_nce_loss_reference,
+    nt_xent_loss,
+    nt_xent_loss_reference,
     siglip_loss,
     siglip_loss_reference,
 )
@@ -19,6 +23,7 @@ from fvm_fast.ops.token_gather import (
     restore_tokens,
     restore_tokens_reference,
 )
+from fvm_fast.ops.window_attention import window_attention, window_attention_reference
 
 __all__ = [
     "ClassIds",
@@ -28,6 +33,10 @@ __all__ = [
     "clip_loss_reference",
     "gather_tokens",
     "gather_tokens_reference",
+    "info_nce_loss",
+    "info_nce_loss_reference",
+    "nt_xent_loss",
+    "nt_xent_loss_reference",
     "patch_embed",
     "patch_embed_reference",
     "random_masking",
@@ -36,4 +45,6 @@ __all__ = [
     "restore_tokens_reference",
     "siglip_loss",
     "siglip_loss_reference",
+    "window_attention",
+    "window_attention_reference",
 ]

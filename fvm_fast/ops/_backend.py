@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that imports the compiled core: chooses native or torch, says why, and turns tensors into addresses."""
+"""The only file that imports the compiled cores: chooses native or torch, says why, turns tensors into addresses."""
 
 import contextlib
 import os
@@ -18,7 +18,19 @@ else:
     if _C.isa_error():
         raise RuntimeError(_C.isa_error())
 
+try:
+    from fvm_fast import _C_cuda
+except ImportError as error:
+    _C_cuda, _why_no_cuda = None, f"there are no CUDA kernels ({error}); `fvm-fast doctor` names the remedy"
+else:
+    _why_no_cuda = None
+
 _MODES = ("auto", "native", "torch")
+# Devices whose tensors go to _C_cuda. Tests add "cpu" and put the emulated kernels there.
+_CUDA_DEVICES = ("cuda",)
+# Read the word for bad indices after every CUDA kernel, which waits for it? The environment decides once.
+_CHECK = os.environ.get("FVM_FAST_CHECK", "") not in ("", "0")
+_set_up_devices: set[int] = set()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
@@ -53,16 +65,14 @@ def use_native(op: str, *tensors: Tensor | None) -> bool:
     """Whether ``op`` runs in the compiled core for these tensors; raises when native was demanded and cannot be had."""
     if _mode == "torch":
         return False
-    why = why_not_native(*tensors)
+    why = why_not_native(*tensors) or _why_not_cuda(op, *tensors)
     if why is not None and _mode == "native":
         raise RuntimeError(f"{op}: the native backend was asked for, but {why}; use backend('auto') or 'torch'")
     return why is None
 
 
 def why_not_native(*tensors: Tensor | None) -> str | None:
-    """The reason why these tensors take the torch path, or None when the compiled core takes them."""
-    if _C is None:
-        return _why_no_core
+    """The reason why these tensors take the torch path whatever the op, or None when a compiled core takes them."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active, which needs the differentiable reference"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -74,9 +84,34 @@ def why_not_native(*tensors: Tensor | None) -> str | None:
             raise TypeError("expected plain tensors, got a DTensor; pass its .to_local() and gather what comes out")
         if type(t) not in _PLAIN_TYPES:
             return f"{type(t).__name__} is not a plain torch.Tensor"
-        if t.device.type != "cpu":
-            return f"the tensor is on {t.device}, and this build has kernels for the CPU only"
+        if t.device.type in _CUDA_DEVICES:
+            if _C_cuda is None:
+                return _why_no_cuda
+        elif t.device.type != "cpu":
+            return f"the tensor is on {t.device}, and there are kernels for CPU and CUDA only"
+        elif _C is None:
+            return _why_no_core
     return None
+
+
+def _why_not_cuda(op: str, *tensors: Tensor | None) -> str | None:
+    """The reason why the CUDA kernels cannot run ``op`` on the device of these tensors; None on other devices."""
+    device = next((t.device for t in tensors if t is not None), None)  # they are all on one
+    if device is None or device.type not in _CUDA_DEVICES:
+        return None
+    if not any(kernel.startswith(op) for kernel in _C_cuda.kernels):
+        return "it has no CUDA kernel in this build"
+    return _why_not_on_gpu(device.index) if device.type == "cuda" else None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_on_gpu(index: int) -> str | None:
+    """The reason why this GPU does not run the kernels: they serve the oldest architecture built for and all later."""
+    oldest = int(_C_cuda.architectures().split(",")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    if 10 * major + minor >= oldest:
+        return None
+    return f"cuda:{index} is an sm_{major}{minor} and the kernels are built for sm_{oldest} and later"
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
@@ -128,10 +163,64 @@ def _argument(value):
 
 
 def call(kernel: str, *args) -> int | None:
-    """Run a kernel of ``csrc/kernels.h`` on the calling thread's team; ``args`` stay alive until it returns."""
+    """Run a kernel of ``csrc/kernels.h``, or its twin of ``cuda/kernels.h``, where the tensors among ``args`` are.
+
+    On the CPU it runs on the calling thread's team. On a CUDA device it is enqueued on the current stream of that
+    device: nothing is allocated and nothing waits, so a CUDA graph can capture it once the device was used before.
+
+    Returns:
+        What the CPU kernel returns. On CUDA None, or under ``FVM_FAST_CHECK=1`` the position of the first bad index.
+    """
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.device.type in _CUDA_DEVICES:
+                return _launch(kernel, value.device, args)
+            break  # the ops have checked that all are on one device
     return getattr(_C, kernel)(*map(_argument, args), torch.get_num_threads())
 
 
+def workspace(query: str, *sizes, like: Tensor) -> Tensor:
+    """Bytes on the device of ``like``, as many as the function ``query`` of ``kernels.h`` tells for these sizes."""
+    on_cuda = like.device.type in _CUDA_DEVICES
+    arguments = map(_argument, sizes)
+    n = getattr(_C_cuda, query)(*arguments) if on_cuda else getattr(_C, query)(*arguments, torch.get_num_threads())
+    return like.new_empty(n, dtype=torch.uint8)
+
+
+def _launch(kernel: str, device: torch.device, args: tuple) -> int | None:
+    others = [value.device for value in args if isinstance(value, Tensor) and value.device != device]
+    if others:
+        got = f"{device} and {others[0]}"
+        raise ValueError(f"{kernel}: expected all tensors on one device, got {got}; move them with .to(device)")
+    index = stream = 0  # of the emulated device
+    if device.type == "cuda":
+        if device.index not in _set_up_devices:
+            _set_up(kernel, device)
+        index, stream = device.index, torch.cuda.current_stream(device).cuda_stream
+    check = _CHECK and not _is_capturing(device)
+    bad_id = torch.full((1,), -1, dtype=torch.int64, device=device) if check else None
+    getattr(_C_cuda, kernel)(*map(_argument, args), (index, stream, _argument(bad_id)))
+    return None if bad_id is None else int(bad_id)
+
+
+def _set_up(kernel: str, device: torch.device) -> None:
+    """The kernels' own CUDA runtime joins the context of a device at its first use, which no capture allows."""
+    if _is_capturing(device):
+        raise RuntimeError(
+            f"{kernel}: expected a kernel to have run on {device} before a CUDA graph captures one, got the first; "
+            "call the op once outside of the capture"
+        )
+    _C_cuda.set_up(device.index)
+    _set_up_devices.add(device.index)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def isa() -> str | None:
-    """The active instruction set of the compiled core, or None without it."""
+    """The active instruction set of the compiled core for the CPU, or None without it."""
     return None if _C is None else _C.isa()

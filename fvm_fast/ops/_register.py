@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers an op with torch.library: schema, CPU kernel, shapes for tracing, and one reverse-mode derivative."""
+"""Registers an op with torch.library: schema, CPU and CUDA kernel, shapes for tracing, one reverse-mode derivative."""
 
 from collections.abc import Callable
 
@@ -20,14 +20,15 @@ def register_op(
 
     Args:
         schema: torch schema without the namespace, ``"gather_tokens(Tensor x, Tensor ids) -> Tensor"``.
-        kernel: runs on CPU tensors; returns fresh tensors, never an input or a view.
+        kernel: runs on CPU and on CUDA tensors; returns fresh tensors, never an input or a view.
         fake: the same signature on fake tensors: shapes and dtypes only.
         setup_context, backward: as in :func:`torch.library.register_autograd`. An op without them is a derivative
             itself: to differentiate it again raises a sentence.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"fvm_fast::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(
         f"fvm_fast::{name}", backward or _refuse_double_backward(name), setup_context=setup_context, lib=_LIBRARY

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvm_fast.ops._backend import autocast_dtype, call, check_ids, check_same_device, use_native
+from fvm_fast.ops._backend import autocast_dtype, call, check_ids, check_same_device, use_native, workspace
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops._token_checks import Statistics, as_rows, as_vector, check_dtypes, check_shapes, statistics
 
@@ -97,11 +97,11 @@ def _kernel(images, weight, bias, pos_embed, prefix_tokens, ids_keep, mean, std,
         return out.copy_(_prefix_rows(prefix_tokens, pos_embed, H // p * (W // p))) if out.numel() else out
     wide = _accumulation_dtype(weight.dtype)
     ids_keep = _dense(ids_keep)
-    workspace = _workspace(images, "patch_embed_fwd_workspace", weight.dtype, C, p, D)
+    space = workspace("patch_embed_fwd_workspace", weight.dtype, C, p, D, like=images)
     bad = call(
         "patch_embed_fwd", _in_memory_order(images), images.dtype, _is_channels_last(images), weight.contiguous(),
         weight.dtype, _dense(bias, wide), _dense(pos_embed, wide), _dense(prefix_tokens, wide), ids_keep, mean, std,
-        _dense(mask), _dense(mask_token, wide), out, out.dtype, workspace, B, C, H, W, p, D, P, K,
+        _dense(mask), _dense(mask_token, wide), out, out.dtype, space, B, C, H, W, p, D, P, K,
         0 if pos_embed is None else pos_embed.shape[0],
     )  # fmt: skip
     if ids_keep is not None:
@@ -112,10 +112,6 @@ def _kernel(images, weight, bias, pos_embed, prefix_tokens, ids_keep, mean, std,
 def _prefix_rows(prefix_tokens: Tensor, pos_embed: Tensor | None, L: int) -> Tensor:
     has_position = pos_embed is not None and pos_embed.shape[0] > L
     return prefix_tokens + pos_embed[: len(prefix_tokens)] if has_position else prefix_tokens
-
-
-def _workspace(like: Tensor, query: str, *sizes) -> Tensor:
-    return like.new_empty(call(query, *sizes), dtype=torch.uint8)
 
 
 def _fake(images, weight, bias, pos_embed, prefix_tokens, ids_keep, mean, std, mask, mask_token) -> Tensor:
@@ -144,10 +140,10 @@ def _bwd_kernel(dout, images, weight, ids_keep, mean, std, mask, P, pos_rows, wa
     dweight_in_order = dweight.new_empty(D, p, p, C) if channels_last and want[1] else dweight
     outputs = (dimages_in_order, dweight_in_order, dbias, dpos_embed, dprefix_tokens, dmask_token)
     outputs = (grad if wanted else None for grad, wanted in zip(outputs, want, strict=True))
-    workspace = _workspace(images, "patch_embed_bwd_workspace", weight.dtype, B, C, H, W, p, D, P, K)
+    space = workspace("patch_embed_bwd_workspace", weight.dtype, B, C, H, W, p, D, P, K, like=images)
     call(
         "patch_embed_bwd", dout.contiguous(), dout.dtype, in_order, images.dtype, channels_last, weight.contiguous(),
-        weight.dtype, _dense(ids_keep), mean, std, _dense(mask), *outputs, workspace, B, C, H, W, p, D, P, K, pos_rows,
+        weight.dtype, _dense(ids_keep), mean, std, _dense(mask), *outputs, space, B, C, H, W, p, D, P, K, pos_rows,
     )  # fmt: skip
     if channels_last and want[1]:
         dweight.copy_(dweight_in_order.permute(0, 3, 1, 2))

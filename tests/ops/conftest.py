@@ -11,9 +11,10 @@ from fvm_fast.ops import _backend
 _ISAS = _backend._C.isas_usable() if _backend._C is not None else []
 
 
-@pytest.fixture(params=_ISAS)
+@pytest.fixture(params=_ISAS or [None])  # without a core the tests fail: no parameters at all would skip them
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every instruction set that was built and that this processor has."""
+    assert _backend._C is not None, _backend._why_no_core
     before = _backend._C.isa()
     _backend._C.set_isa(request.param)
     yield request.param

@@ -182,6 +182,27 @@ def test_any_scale(isa: str, scale: float) -> None:
         check(siglip_loss, lambda *a: eager_siglip(*a, {}), args, dtype, "siglip")
 
 
+FEATURES = {
+    "unrelated": lambda: (features(40, 3), features(40, 3)),
+    "opposite": lambda: (lambda x: (x, -x))(features(40, 3)),
+    "identical": lambda: (features(1, 3).expand(40, 3), features(1, 3).expand(40, 3)),
+    "zero": lambda: (torch.zeros(40, 3).double(), torch.zeros(40, 3).double()),
+}
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("scale", [100.0, 1000.0])
+def test_no_overflow_and_no_underflow(isa: str, kind: str, scale: float) -> None:
+    """Logits of a thousand, of which those of a row may be all far below zero, or far above."""
+    args = [*FEATURES[kind](), torch.tensor(scale).double()]
+    for dtype in (torch.float32, torch.bfloat16):
+        for options in ({}, {"label_smoothing": 0.1}):
+            check(lambda *a, o=options: clip_loss(*a, **o), lambda *a, o=options: eager_clip(*a, o), args, dtype, kind)
+        for bias in (-10.0, 0.0):
+            more = [*args, torch.tensor(bias).double()]
+            check(siglip_loss, lambda *a: eager_siglip(*a, {}), more, dtype, f"siglip {kind}")
+
+
 def test_pairs_that_are_told_apart_well(isa: str) -> None:
     """A loss of 1e-5 is a small difference of large numbers, and has to be right for all that."""
     x = features(100, 64)

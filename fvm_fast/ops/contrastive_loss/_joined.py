@@ -42,7 +42,8 @@ def _ids(targets: Targets, ring: Ring) -> tuple[Tensor, Tensor]:
     return tuple(row_numbers(sizes[ring.rank], ring.device, ring.offset(sizes)) for sizes in (rows, columns))
 
 
-def _refuse_graph(op: str) -> None:
+def refuse_graph(op: str) -> None:
+    """Raise when a second derivative through ``op`` is prepared."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{op} in a group: expected to be differentiated once, got create_graph=True; its native kernels are once "
@@ -121,7 +122,7 @@ class _JoinedClipLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        _refuse_graph("clip_loss")
+        refuse_graph("clip_loss")
         *sides, row_lse, col_lse, scale = ctx.saved_tensors
         rows, cols, ring = Side(*sides[:4]), Side(*sides[4:]), ctx.ring
         want_x, want_scale = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
@@ -190,22 +191,25 @@ class _JoinedSigLipLoss(torch.autograd.Function):
 
         def visit(fixed, carried):
             if len(x) and len(fixed[0]):
-                block = siglip_block(x, fixed[0], row_ids, fixed[1], float(scale), float(bias), want_x, want_y)
-                sums.add_(block[0])
+                loss, slopes, block_dx, block_dy = siglip_block(
+                    x, fixed[0], row_ids, fixed[1], float(scale), float(bias), 1 / n, want_x, want_y
+                )
+                sums[0] += loss
+                sums[1:] += slopes
                 if want_x:
-                    dx.add_(block[1])
+                    dx.add_(block_dx)
                 if want_y:
-                    carried[0].add_(block[2])
+                    carried[0].add_(block_dy)
 
         (dy,) = ring.turn(ring.sizes[1], [y, col_ids], [dy], visit)
-        loss, dscale, dbias = (ring.sum(sums) / n).to(scale.dtype)
+        loss, dscale, dbias = ring.sum(sums).to(scale.dtype)
         ctx.save_for_backward(dx, dy, dscale, dbias)
-        ctx.factor, ctx.dtype = factor / n, x.dtype
+        ctx.factor, ctx.dtype = factor, x.dtype
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        _refuse_graph("siglip_loss")
+        refuse_graph("siglip_loss")
         dx, dy, dscale, dbias = ctx.saved_tensors
         want_x, want_y = ctx.needs_input_grad[:2]
         return (

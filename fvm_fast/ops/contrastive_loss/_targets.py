@@ -42,19 +42,33 @@ def loss_dtype(features: Tensor) -> torch.dtype:
 
 def scalar(op: str, name: str, value: Tensor | float, features: Tensor) -> Tensor:
     """A scale or bias as a 0-d tensor of the loss's dtype beside ``features``; numbers are constants."""
+    dtype = loss_dtype(features)
     if not isinstance(value, Tensor):
-        return features.new_full((), value, dtype=loss_dtype(features))
+        return features.new_full((), value, dtype=dtype)
+    if value.dim() == 0 and value.dtype == dtype and value.device == features.device:
+        return value
     if value.numel() != 1 or value.dim() > 1 or not value.is_floating_point():
         raise ValueError(
             f"{op}: expected {name} to be a number or a floating tensor [] or [1], "
             f"got {value.dtype} {tuple(value.shape)}"
         )
     check_same_device(op, features=features, **{name: value})
-    return value.reshape(()).to(loss_dtype(features))
+    return value.reshape(()).to(dtype)
+
+
+def temperature_scalar(op: str, value: Tensor | float, features: Tensor) -> Tensor:
+    """A temperature as :func:`scalar` makes it; a number has to be above 0."""
+    if not isinstance(value, Tensor) and value <= 0:
+        raise ValueError(f"{op}: expected a temperature above 0, got {value}; logits are divided by it")
+    return scalar(op, "temperature", value, features)
 
 
 def check_features(op: str, image_features: Tensor, text_features: Tensor, names: tuple[str, str]) -> None:
     """Raise unless they are floating [n, D] and [m, D], of one dtype, on one device."""
+    x, y = image_features, text_features
+    alike = x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1] and x.device == y.device and x.dtype == y.dtype
+    if alike and x.is_floating_point():
+        return  # before anything is made for a sentence: a small batch would notice
     image, text = names
     for name, x in ((image, image_features), (text, text_features)):
         if x.dim() != 2:

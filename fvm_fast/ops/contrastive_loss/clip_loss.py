@@ -6,8 +6,8 @@ With ``S = logit_scale * image_features @ text_features.T`` [n, m] and targets `
     clip_loss = 1/2 mean_i (logsumexp_j S_ij - sum_j q_ij S_ij) + 1/2 mean_j (logsumexp_i S_ij - sum_i q'_ij S_ij)
 
 (Radford et al. 2021, https://arxiv.org/abs/2103.00020; several positives as in SupCon's L_out, Khosla et al. 2020,
-https://arxiv.org/abs/2004.11362.) S is made in tiles, once forward and once backward, and never kept: memory is
-O((n + m) D).
+https://arxiv.org/abs/2004.11362.) S is made in tiles, once forward and once backward. The forward keeps no more of it
+for the backward than a few times the features, so that memory is O((n + m) D).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
+from fvm_fast.ops._direct import direct
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import (
     Side,
     Softness,
-    clip_block_backward,
-    clip_block_forward,
+    clip_backward,
+    clip_forward,
+    kept_size,
     side_weights,
     single_positive_weights,
     without_teacher,
@@ -37,7 +39,6 @@ from fvm_fast.ops.contrastive_loss._targets import (
     check_targets,
     count_positives,
     loss_dtype,
-    row_numbers,
     scalar,
     small_ids,
 )
@@ -100,65 +101,65 @@ def _cross_entropy(logits: Tensor, q: Tensor, smoothing: float) -> Tensor:
 
 def _sides(x, y, row_ids, col_ids, teacher_x, teacher_y, softness: Softness) -> tuple[Side, Side]:
     """Rows and columns of a batch that is complete in this process; the teacher's log-sum-exps are still to come."""
-    (n, m), device = (len(x), len(y)), x.device
+    rows = cols = None  # the kernels know a batch of pairs
     if row_ids is not None:
         row_ids, col_ids = small_ids(row_ids, col_ids)
         row_positives, col_positives = count_positives(row_ids, col_ids)
         rows = side_weights(row_positives, int((row_positives > 0).sum()), softness)
         cols = side_weights(col_positives, int((col_positives > 0).sum()), softness)
-    else:
-        row_ids, rows = row_numbers(n, device), single_positive_weights(n, n, device, softness)
-        # the same for the columns; but a teacher, whose log-sum-exps differ, needs tensors of their own
-        shared = n == m and teacher_x is None
-        col_ids = row_ids if shared else row_numbers(m, device)
-        cols = rows if shared else single_positive_weights(m, m, device, softness)
-    return Side(x.contiguous(), row_ids, rows, _contiguous(teacher_x)), Side(
-        y.contiguous(), col_ids, cols, _contiguous(teacher_y)
-    )
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    elif teacher_x is not None:
+        rows, cols = (single_positive_weights(len(t), t.device, softness) for t in (x, y))
+        teacher_x, teacher_y = teacher_x.contiguous(), teacher_y.contiguous()
+    return Side(x.contiguous(), row_ids, rows, teacher_x), Side(y.contiguous(), col_ids, cols, teacher_y)
 
 
 def _softness(x, y, teacher_scale, alpha, smoothing) -> Softness:
-    return Softness(alpha, 1.0 if teacher_scale is None else float(teacher_scale), smoothing, len(x), len(y))
+    return Softness(alpha, 1.0 if teacher_scale is None else float(teacher_scale), smoothing, x.shape[0], y.shape[0])
 
 
-def _clip_kernel(x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_scale, alpha, smoothing):
+def _set_teacher(rows: Side, cols: Side, lse: Tensor) -> None:
+    rows.weights[2], cols.weights[2] = lse.split([len(rows.features), len(cols.features)])
+
+
+def _clip_kernel(x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_scale, alpha, smoothing, keep):
     softness = _softness(x, y, teacher_scale, alpha, smoothing)
     rows, cols = _sides(x, y, row_ids, col_ids, teacher_x, teacher_y, softness)
-    teacher_row_lse, teacher_col_lse = rows.weights.new_empty(0), rows.weights.new_empty(0)
+    loss, teacher_lse, kept = _clip_outputs(x, y, teacher_x, keep)
     if teacher_x is not None:
-        teachers = without_teacher(rows), without_teacher(cols)
-        teacher_row_lse, teacher_col_lse, _ = clip_block_forward(*teachers, softness.teacher_scale, softness)
-        rows.weights[2], cols.weights[2] = teacher_row_lse, teacher_col_lse
-    row_lse, col_lse, target_sum = clip_block_forward(rows, cols, float(scale), softness)
-    loss = rows.weights[0] @ row_lse + cols.weights[0] @ col_lse - target_sum[0]
-    return loss.to(loss_dtype(x), copy=True), row_lse, col_lse, teacher_row_lse, teacher_col_lse
+        teacher_lse = clip_forward(without_teacher(rows), without_teacher(cols), softness.teacher_scale, softness)
+        _set_teacher(rows, cols, teacher_lse)
+    lse = clip_forward(rows, cols, float(scale), softness, loss=loss, kept=kept if keep else None)
+    return loss, lse, teacher_lse, kept
 
 
-def _clip_fake(x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_scale, alpha, smoothing):
-    n, m = x.shape[0], y.shape[0]
-    sizes = (n, m, 0, 0) if teacher_x is None else (n, m, n, m)
-    return x.new_empty((), dtype=loss_dtype(x)), *(x.new_empty(size, dtype=torch.float64) for size in sizes)
+def _clip_outputs(x, y, teacher_x, keep):
+    """Loss, the teacher's log-sum-exps of rows and columns, and similarities kept for the backward: empty."""
+    (n, D), m, dtype = x.shape, y.shape[0], loss_dtype(x)
+    return (
+        x.new_empty((), dtype=dtype),
+        x.new_empty(0 if teacher_x is None else n + m, dtype=torch.float64),
+        x.new_empty(kept_size(n, m, D, dtype) if keep else 0, dtype=dtype),
+    )
+
+
+def _clip_fake(x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_scale, alpha, smoothing, keep):
+    loss, teacher_lse, kept = _clip_outputs(x, y, teacher_x, keep)
+    return loss, x.new_empty(x.shape[0] + y.shape[0], dtype=torch.float64), teacher_lse, kept
 
 
 def _clip_bwd_kernel(
-    dloss, x, y, scale, row_ids, col_ids, row_lse, col_lse, teacher_x, teacher_y, teacher_scale, teacher_row_lse,
-    teacher_col_lse, alpha, smoothing, want_x, want_y, want_scale,
+    dloss, x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_scale, lse, teacher_lse, kept, alpha, smoothing,
+    want_x, want_y, want_scale,
 ):  # fmt: skip
     softness = _softness(x, y, teacher_scale, alpha, smoothing)
     rows, cols = _sides(x, y, row_ids, col_ids, teacher_x, teacher_y, softness)
     if teacher_x is not None:
-        rows.weights[2], cols.weights[2] = teacher_row_lse, teacher_col_lse
-    dx, dy, dscale = clip_block_backward(
-        rows, cols, row_lse, col_lse, float(scale), float(dloss), softness, want_x, want_y
-    )
+        _set_teacher(rows, cols, teacher_lse)
+    dx, dy, dscale = clip_backward(rows, cols, lse, float(scale), float(dloss), softness, want_x, want_y, kept)
     return (
         dx.to(x.dtype) if want_x else x.new_empty(0),
         dy.to(y.dtype) if want_y else y.new_empty(0),
-        dscale[0].to(scale.dtype, copy=True) if want_scale else scale.new_empty(0),
+        dscale if want_scale else scale.new_empty(0),
     )
 
 
@@ -172,38 +173,39 @@ def _clip_bwd_fake(dloss, x, y, scale, *rest):
 
 
 def _clip_setup(ctx, inputs, output) -> None:
-    x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_scale, alpha, smoothing = inputs
-    _, row_lse, col_lse, *teacher_lses = output
-    ctx.save_for_backward(
-        x, y, scale, row_ids, col_ids, row_lse, col_lse, teacher_x, teacher_y, teacher_scale, *teacher_lses
-    )
+    *tensors, alpha, smoothing, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.softness = (alpha, smoothing)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for all that was kept
 
 
-def _clip_backward(ctx, dloss: Tensor, *_):
+def _clip_backward(ctx, dloss: Tensor | None, *_):
+    if dloss is None:
+        return (None,) * 11
     want = ctx.needs_input_grad[:3]
-    grads = torch.ops.fvm_fast.clip_loss_bwd(dloss, *ctx.saved_tensors, *ctx.softness, *want)
-    return *(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *[None] * 7
+    grads = _clip_bwd(dloss, *ctx.saved_tensors, *ctx.softness, *want)
+    return *(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *[None] * 8
 
 
 register_op(
-    "clip_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor scale, Tensor? row_ids, Tensor? col_ids, Tensor row_lse, "
-    "Tensor col_lse, Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale, Tensor teacher_row_lse, "
-    "Tensor teacher_col_lse, float alpha, float smoothing, bool want_x, bool want_y, bool want_scale) -> "
-    "(Tensor, Tensor, Tensor)",
+    "clip_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor scale, Tensor? row_ids, Tensor? col_ids, "
+    "Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale, Tensor lse, Tensor teacher_lse, Tensor kept, "
+    "float alpha, float smoothing, bool want_x, bool want_y, bool want_scale) -> (Tensor, Tensor, Tensor)",
     kernel=_clip_bwd_kernel,
     fake=_clip_bwd_fake,
 )
 register_op(
     "clip_loss(Tensor x, Tensor y, Tensor scale, Tensor? row_ids, Tensor? col_ids, Tensor? teacher_x, "
-    "Tensor? teacher_y, Tensor? teacher_scale, float alpha, float smoothing) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? teacher_y, Tensor? teacher_scale, float alpha, float smoothing, bool keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     kernel=_clip_kernel,
     fake=_clip_fake,
     setup_context=_clip_setup,
     backward=_clip_backward,
 )
+_clip_bwd = direct(torch.ops.fvm_fast.clip_loss_bwd, _clip_bwd_kernel)
+_clip = direct(torch.ops.fvm_fast.clip_loss, _clip_kernel, setup_context=_clip_setup, backward=_clip_backward)
 
 
 def clip_loss(
@@ -263,4 +265,6 @@ def clip_loss(
     if isinstance(targets, Teacher):
         teacher_scale = scalar("clip_loss", "Teacher.logit_scale", targets.logit_scale, image_features)
         teacher = (targets.image.detach(), targets.text.detach(), teacher_scale.detach(), float(targets.alpha))
-    return torch.ops.fvm_fast.clip_loss(image_features, text_features, scale, *ids, *teacher, float(label_smoothing))[0]
+    keep = torch.is_grad_enabled()
+    keep = keep and (image_features.requires_grad or text_features.requires_grad or scale.requires_grad)
+    return _clip(image_features, text_features, scale, *ids, *teacher, float(label_smoothing), keep)[0]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
+from fvm_fast.ops._direct import direct
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import siglip_block
 from fvm_fast.ops.contrastive_loss._targets import (
@@ -27,7 +28,6 @@ from fvm_fast.ops.contrastive_loss._targets import (
     check_sizes,
     check_targets,
     loss_dtype,
-    row_numbers,
     scalar,
 )
 
@@ -66,35 +66,28 @@ def siglip_loss_reference(
 
 
 def _siglip_kernel(x, y, scale, bias, row_ids, col_ids, want_x, want_y):
-    if row_ids is None:
-        row_ids, col_ids = row_numbers(len(x), x.device), row_numbers(len(y), x.device)
-    sums, dx, dy = siglip_block(
-        x.contiguous(), y.contiguous(), row_ids, col_ids, float(scale), float(bias), want_x, want_y
+    loss, slopes, dx, dy = siglip_block(
+        x.contiguous(), y.contiguous(), row_ids, col_ids, float(scale), float(bias), 1 / x.shape[0], want_x, want_y
     )
-    loss, dscale, dbias = (sums / len(x)).to(scale.dtype)
-    none = scale.new_empty(0)
-    return loss.clone(), dscale.clone(), dbias.clone(), none if dx is None else dx, none.clone() if dy is None else dy
+    return loss, slopes, scale.new_empty(0) if dx is None else dx, scale.new_empty(0) if dy is None else dy
 
 
 def _siglip_fake(x, y, scale, bias, row_ids, col_ids, want_x, want_y):
-    return (
-        *(scale.new_empty(()) for _ in range(3)),
-        scale.new_empty(x.shape if want_x else (0,)),
-        scale.new_empty(y.shape if want_y else (0,)),
-    )
+    shapes = ((), (2,), x.shape if want_x else (0,), y.shape if want_y else (0,))
+    return tuple(scale.new_empty(shape) for shape in shapes)
 
 
 # The features and scalars are arguments so that a second derivative finds its way here, to be refused.
-def _siglip_bwd_kernel(dloss, x, y, scale, bias, dscale, dbias, dx, dy, want_x, want_y, want_scale, want_bias):
+def _siglip_bwd_kernel(dloss, x, y, scale, bias, slopes, dx, dy, want_x, want_y, want_scale, want_bias):
     return (
-        (dx * (dloss / len(x))).to(x.dtype) if want_x else x.new_empty(0),
-        (dy * (dloss / len(x))).to(y.dtype) if want_y else y.new_empty(0),
-        dloss * dscale if want_scale else scale.new_empty(0),
-        dloss * dbias if want_bias else bias.new_empty(0),
+        (dx * dloss).to(x.dtype) if want_x else x.new_empty(0),
+        (dy * dloss).to(y.dtype) if want_y else y.new_empty(0),
+        dloss * slopes[0] if want_scale else scale.new_empty(0),
+        dloss * slopes[1] if want_bias else bias.new_empty(0),
     )
 
 
-def _siglip_bwd_fake(dloss, x, y, scale, bias, dscale, dbias, dx, dy, want_x, want_y, want_scale, want_bias):
+def _siglip_bwd_fake(dloss, x, y, scale, bias, slopes, dx, dy, want_x, want_y, want_scale, want_bias):
     wanted = (want_x, want_y, want_scale, want_bias)
     return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((x, y, scale, bias), wanted, strict=True))
 
@@ -102,29 +95,33 @@ def _siglip_bwd_fake(dloss, x, y, scale, bias, dscale, dbias, dx, dy, want_x, wa
 def _siglip_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for the gradients that the forward has made
 
 
-def _siglip_backward(ctx, dloss: Tensor, *_):
+def _siglip_backward(ctx, dloss: Tensor | None, *_):
+    if dloss is None:
+        return (None,) * 8
     want = ctx.needs_input_grad[:4]
-    grads = torch.ops.fvm_fast.siglip_loss_bwd(dloss, *ctx.saved_tensors, *want)
+    grads = _siglip_bwd(dloss, *ctx.saved_tensors, *want)
     return *(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *[None] * 4
 
 
 register_op(
-    "siglip_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor dscale, Tensor dbias, "
-    "Tensor dx, Tensor dy, bool want_x, bool want_y, bool want_scale, bool want_bias) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "siglip_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor slopes, Tensor dx, Tensor dy, "
+    "bool want_x, bool want_y, bool want_scale, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_siglip_bwd_kernel,
     fake=_siglip_bwd_fake,
 )
 register_op(
     "siglip_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? row_ids, Tensor? col_ids, bool want_x, "
-    "bool want_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool want_y) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_siglip_kernel,
     fake=_siglip_fake,
     setup_context=_siglip_setup,
     backward=_siglip_backward,
 )
+_siglip_bwd = direct(torch.ops.fvm_fast.siglip_loss_bwd, _siglip_bwd_kernel)
+_siglip = direct(torch.ops.fvm_fast.siglip_loss, _siglip_kernel, setup_context=_siglip_setup, backward=_siglip_backward)
 
 
 def siglip_loss(
@@ -172,5 +169,6 @@ def siglip_loss(
 
         return joined_siglip_loss(*args, targets=targets, group=group, grad_reduction=grad_reduction)
     ids = targets if targets is not None else (None, None)
-    want = (torch.is_grad_enabled() and t.requires_grad for t in (image_features, text_features))
-    return torch.ops.fvm_fast.siglip_loss(*args, *ids, *want)[0]
+    want = torch.is_grad_enabled()
+    want_x, want_y = want and image_features.requires_grad, want and text_features.requires_grad
+    return _siglip(*args, *ids, want_x, want_y)[0]
