@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | test-min-torch | bench | build | format. Each sets up what it needs, once: .venv, requirements, core.
+# make demo | test | test-min-torch | bench | build | format, and, of the compiled core, test-core | test-aarch64 | sanitize.
+# Each sets up what it needs, once: .venv, requirements, core.
 # PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the program that is run.
 PYTHON ?= python3
 MIN_TORCH = torch==2.13.0
@@ -7,7 +8,7 @@ BIN = .venv/bin
 CORE_SOURCES = setup.py CMakeLists.txt $(wildcard csrc/* cuda/*)
 export PYTHON
 
-.PHONY: demo test test-min-torch bench build format
+.PHONY: demo test test-min-torch test-core test-aarch64 sanitize bench build format
 .NOTPARALLEL:
 
 demo: .venv/demo.stamp .venv/core.stamp
@@ -19,6 +20,19 @@ test: .venv/dev.stamp .venv/core.stamp
 test-min-torch: .venv-min/ready.stamp .venv/core.stamp
 	PYTHONPATH=. .venv-min/bin/python -m pytest tests/ops $(ARGS)
 
+# The compiled core without Python: every kernel on every instruction set, on aarch64, under the sanitizers.
+test-core: .venv/dev.stamp
+	scripts/test_core.sh plain $(ARGS)
+
+test-aarch64:
+	scripts/test_core.sh aarch64 $(ARGS)
+
+# And the ops under them: what threads, ids at the edge, empty and strided tensors make the kernels do.
+sanitize: .venv/dev.stamp
+	scripts/test_core.sh address
+	scripts/test_core.sh thread
+	scripts/test_core.sh ops $(SANITIZED_TESTS)
+
 bench: .venv/dev.stamp .venv/core.stamp
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS); done
 
@@ -29,7 +43,7 @@ build: .venv/demo.stamp
 format: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp cuda/*.cuh cuda/*.cu)
+	$(BIN)/clang-format -i $(wildcard $(foreach folder,csrc cuda tests/core benchmarks/engine,$(addprefix $(folder)/,*.h *.cpp *.cuh *.cu)))
 
 # ---- set-up: a stamp is older than what it was made from only if something must be done again
 
