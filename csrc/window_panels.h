@@ -83,8 +83,8 @@ static inline void transpose_rows(Acc<P>* to, const Panels<P>& panels, int64_t f
       }
 }
 
-// to[c, r] = factor * from[r, c] for a tile of up to a vector of rows and columns; `width` of the rows are written, zero
-// after the last
+// to[c, r] = factor * from[r, c] for a tile of up to a vector of rows and columns; `width` of the rows are written,
+// zeros after the last
 template <class S>
 static inline void transpose_tile(S* to, int64_t to_stride, const S* from, int64_t from_stride, int64_t rows,
                                   int64_t columns, int64_t width, S factor = 1) {

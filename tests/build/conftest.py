@@ -20,7 +20,7 @@ def source(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for name in FILES:
         shutil.copy2(ROOT / name, copy)
-    for folder in ("csrc", "fvm_fast"):
+    for folder in ("csrc", "cuda", "fvm_fast"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     return copy
 
