@@ -4,6 +4,8 @@
 # PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the program that is run.
 PYTHON ?= python3
 MIN_TORCH = torch==2.13.0
+# Of the op tests those that reach the kernels in this process: the others tell a sanitizer nothing, and take as long.
+SANITIZED_TESTS = tests/ops -q -k "not (memory or joined or environment or ring or compile or opcheck)"
 BIN = .venv/bin
 CORE_SOURCES = setup.py CMakeLists.txt $(wildcard csrc/* cuda/*)
 export PYTHON
