@@ -6,6 +6,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes_common import said
 
 from fvm_fast.ops import ClassIds, Teacher, backend, clip_loss, siglip_loss
 
@@ -90,22 +91,13 @@ def main(rank: int, world: int, folder: str) -> None:
 
 def errors(rank: int) -> list[str]:
     """What wrong use says."""
-    said = []
-
-    def attempt(f) -> None:
-        try:
-            f()
-            said.append("nothing")
-        except (ValueError, RuntimeError) as error:
-            said.append(str(error))
-
     none = torch.zeros(0, 8)
     some = torch.randn(3 + rank, 8, requires_grad=True)
-    attempt(lambda: clip_loss(none, none, 1.0, group=dist.group.WORLD))
-    attempt(lambda: siglip_loss(some, some[1:], 1.0, 0.0, group=dist.group.WORLD))
-    loss = clip_loss(some, some, 10.0, group=dist.group.WORLD)
-    attempt(lambda: torch.autograd.grad(loss, some, create_graph=True))
-    return said
+    return said(
+        lambda: clip_loss(none, none, 1.0, group=dist.group.WORLD),
+        lambda: siglip_loss(some, some[1:], 1.0, 0.0, group=dist.group.WORLD),
+        lambda: torch.autograd.grad(clip_loss(some, some, 10.0, group=dist.group.WORLD), some, create_graph=True),
+    )
 
 
 if __name__ == "__main__":

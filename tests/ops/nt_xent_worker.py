@@ -6,6 +6,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes_common import said
 from torch import Tensor
 
 from fvm_fast.ops import backend, nt_xent_loss
@@ -53,20 +54,11 @@ def main(rank: int, world: int, folder: str) -> None:
 
 def errors(rank: int) -> list[str]:
     """What wrong use says."""
-    said = []
-
-    def attempt(f) -> None:
-        try:
-            f()
-            said.append("nothing")
-        except (ValueError, RuntimeError) as error:
-            said.append(str(error))
-
     none, some = torch.zeros(0, 8), torch.randn(3 + rank, 8, requires_grad=True)
-    attempt(lambda: nt_xent_loss(none, none, 1.0, group=dist.group.WORLD))
-    loss = nt_xent_loss(some, some, 0.5, group=dist.group.WORLD)
-    attempt(lambda: torch.autograd.grad(loss, some, create_graph=True))
-    return said
+    return said(
+        lambda: nt_xent_loss(none, none, 1.0, group=dist.group.WORLD),
+        lambda: torch.autograd.grad(nt_xent_loss(some, some, 0.5, group=dist.group.WORLD), some, create_graph=True),
+    )
 
 
 if __name__ == "__main__":

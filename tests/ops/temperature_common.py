@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of nt_xent_loss and info_nce_loss share: the accuracy rule, and processes to measure memory in."""
+"""What the tests of nt_xent_loss and info_nce_loss share: the accuracy rule."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,23 +50,3 @@ def check_accuracy(
         assert error <= limit, (
             f"{what}: {name}: error {error:.2e}, expected at most {limit:.2e} (torch makes {torchs:.2e})"
         )
-
-
-def extra_kilobytes(setup: str, small: str, large: str) -> int:
-    """How far the statement ``large`` raises the peak memory of a process of one thread that has run ``small``."""
-    code = f"""
-import resource, torch
-from fvm_fast import backend
-from fvm_fast.ops import info_nce_loss, nt_xent_loss
-torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-{setup}
-with backend("native"):
-    {small}
-    before = peak()
-    {large}
-print(peak() - before)
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    return int(run.stdout)

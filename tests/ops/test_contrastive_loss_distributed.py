@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contrastive losses in a process group: equal to the joined batch's, however it is divided (gloo, CPU)."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import contrastive_worker as worker
 import pytest
 import torch
+from processes_common import run_group
 
 from fvm_fast.ops import backend
 
@@ -16,16 +12,7 @@ from fvm_fast.ops import backend
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What every process of a world of two, then of three, has computed."""
-    folder, world = tmp_path_factory.mktemp("world"), request.param
-    command = [sys.executable, worker.__file__]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    processes = [subprocess.Popen([*command, str(r), str(world), str(folder)], env=environment) for r in range(world)]
-    try:
-        assert [p.wait(timeout=120) for p in processes] == [0] * world
-    finally:
-        for p in processes:
-            p.kill()
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return run_group(worker.__file__, request.param, tmp_path_factory.mktemp("world"))
 
 
 def test_equal_to_the_joined_batch(results: list[dict]) -> None:

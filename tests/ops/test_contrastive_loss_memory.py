@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What clip_loss and siglip_loss hold in memory: never the matrix, and similarities kept only where they are few."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from common import assert_same_on_any_threads
 from contrastive_common import TARGETS, clip_options, features
+from processes_common import extra_bytes
 from torch import Tensor
 
 from fvm_fast.ops import ClassIds, Teacher, backend, clip_loss, siglip_loss
@@ -23,30 +20,14 @@ OPS = torch.ops.fvm_fast
 def peak_bytes(loss: str, n: int, D: int) -> int:
     """By how much forward and backward of n pairs raise the memory of a process that has computed 64 pairs before.
 
-    ``loss`` is an expression of features x, y [n, D], which require gradients. Read from /proc, whose high-water mark
-    can be lowered to what is in use: ``ru_maxrss`` cannot, and imports take more for a moment than is measured here.
+    ``loss`` is an expression of features x, y [n, D], which require gradients.
     """
-    code = f"""
-import torch
-from fvm_fast.ops import clip_loss, clip_loss_reference, siglip_loss
-torch.set_num_threads(1)
-def memory(kind):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+    setup = f"""
 def run(n):
     x, y = (torch.randn(n, {D}, requires_grad=True) for _ in range(2))
     {loss}.backward()
-run(64)
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-run({n})
-print(memory("VmHWM") - before)
 """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "FVM_FAST_BACKEND": "native",
-    }
-    process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    return int(process.stdout)
+    return extra_bytes(setup, "run(64)", f"run({n})")
 
 
 @pytest.mark.parametrize("loss", ["clip_loss(x, y, 10.0)", "siglip_loss(x, y, 10.0, -10.0)"])

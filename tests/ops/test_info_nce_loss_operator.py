@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from common import assert_same_on_any_threads, value_and_grads
 from contrastive_common import features
-from temperature_common import extra_kilobytes
+from processes_common import extra_bytes
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -157,7 +157,7 @@ def run(n, K):
     q, k, queue = torch.randn(n, 16, requires_grad=True), torch.randn(n, 16), torch.randn(K, 16)
     info_nce_loss(q, k, queue, 4.0).backward()
 """
-    assert extra_kilobytes(setup, "run(64, 256)", "run(4096, 65536)") < 50_000
+    assert extra_bytes(setup, "run(64, 256)", "run(4096, 65536)") < 50_000 * 1024
 
 
 def test_a_queue_without_gradients_is_not_saved() -> None:

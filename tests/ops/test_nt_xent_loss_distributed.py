@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """nt_xent_loss in a process group: equal to the joined batch's, however it is divided (gloo, CPU)."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import nt_xent_worker as worker
 import pytest
 import torch
+from processes_common import run_group
 
 from fvm_fast.ops import backend
 
@@ -18,16 +14,7 @@ CLOSE = {torch.float64: (1e-9, 1e-12), torch.float32: (2e-4, 2e-6), torch.bfloat
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What every process of a world of two, then of three, has computed."""
-    folder, world = tmp_path_factory.mktemp("world"), request.param
-    command = [sys.executable, worker.__file__]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    processes = [subprocess.Popen([*command, str(r), str(world), str(folder)], env=environment) for r in range(world)]
-    try:
-        assert [p.wait(timeout=120) for p in processes] == [0] * world
-    finally:
-        for p in processes:
-            p.kill()
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return run_group(worker.__file__, request.param, tmp_path_factory.mktemp("world"))
 
 
 def test_equal_to_the_joined_batch(results: list[dict]) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from common import assert_same_on_any_threads, value_and_grads
 from contrastive_common import features
-from temperature_common import extra_kilobytes
+from processes_common import extra_bytes
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -135,7 +135,7 @@ def test_threads_change_nothing(isa: str, dtype: torch.dtype) -> None:
 def test_memory_stays_far_below_the_matrix() -> None:
     """8192 images: the matrix of logits alone would take 1 GiB, its upper half 512 MiB."""
     setup = "run = lambda n: nt_xent_loss(*(torch.randn(n, 16, requires_grad=True) for _ in range(2)), 4.0).backward()"
-    assert extra_kilobytes(setup, "run(64)", "run(8192)") < 70_000
+    assert extra_bytes(setup, "run(64)", "run(8192)") < 70_000 * 1024
 
 
 def test_only_small_tensors_are_saved() -> None:
