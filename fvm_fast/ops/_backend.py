@@ -137,6 +137,11 @@ def check_ids(op: str, name: str, ids: Tensor, size: int, bad: int | None) -> No
         raise IndexError(f"{op}: expected {name} in [0, {size}), got {int(ids.flatten()[bad])} at {where}")
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of a floating ``dtype`` are computed in: float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on this tensor's device, or None outside autocast."""
     device = tensor.device.type

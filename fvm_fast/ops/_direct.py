@@ -20,7 +20,7 @@ def direct(
     """What to call instead of ``op``: the same values and gradients, sooner.
 
     Args:
-        op: a packet of ``torch.ops.fvm_fast`` that :func:`register_op` has made.
+        op: a packet of ``torch.ops.fvm_fast`` that :func:`register_op` makes.
         kernel, setup_context, backward: as given to it. Without ``backward`` it is a derivative, which takes the short
             way while gradients are not recorded; else ``op`` says that it is differentiated once.
     """

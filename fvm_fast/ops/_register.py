@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from fvm_fast.ops._direct import direct
+
 _LIBRARY = torch.library.Library("fvm_fast", "DEF")
 
 
@@ -15,7 +17,7 @@ def register_op(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-) -> None:
+) -> Callable:
     """Define ``torch.ops.fvm_fast.<name>``.
 
     Args:
@@ -24,6 +26,9 @@ def register_op(
         fake: the same signature on fake tensors: shapes and dtypes only.
         setup_context, backward: as in :func:`torch.library.register_autograd`. An op without them is a derivative
             itself: to differentiate it again raises a sentence.
+
+    Returns:
+        The op by a shorter way for eager mode, see :func:`direct`.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -33,6 +38,7 @@ def register_op(
     torch.library.register_autograd(
         f"fvm_fast::{name}", backward or _refuse_double_backward(name), setup_context=setup_context, lib=_LIBRARY
     )
+    return direct(getattr(torch.ops.fvm_fast, name), kernel, setup_context=setup_context, backward=backward)
 
 
 def _refuse_double_backward(name: str) -> Callable:

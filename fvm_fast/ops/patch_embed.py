@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvm_fast.ops._backend import autocast_dtype, call, check_ids, check_same_device, use_native, workspace
+from fvm_fast.ops._backend import (
+    accumulation_dtype,
+    autocast_dtype,
+    call,
+    check_ids,
+    check_same_device,
+    use_native,
+    workspace,
+)
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops._token_checks import Statistics, as_rows, as_vector, check_dtypes, check_shapes, statistics
 
@@ -58,16 +66,12 @@ def patch_embed_reference(
 def _normalised(images: Tensor, mean: Statistics, std: Statistics, dtype: torch.dtype) -> Tensor:
     """uint8 to [0, 1], then (x - mean) / std, in float32 (float64 for float64), rounded to ``dtype`` once."""
     if images.dtype == torch.uint8 or mean is not None:
-        wide = _accumulation_dtype(dtype)
+        wide = accumulation_dtype(dtype)
         images = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
         if mean is not None:
             mean, std = (torch.as_tensor(s, dtype=wide, device=images.device).reshape(-1, 1, 1) for s in (mean, std))
             images = (images - mean) / std
     return images.to(dtype)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---- the native op: statistics are float64 tensors [C], parameters 2-d or 1-d without a leading 1
@@ -95,7 +99,7 @@ def _kernel(images, weight, bias, pos_embed, prefix_tokens, ids_keep, mean, std,
     K = out.shape[1] - P
     if B == 0 or K == 0:
         return out.copy_(_prefix_rows(prefix_tokens, pos_embed, H // p * (W // p))) if out.numel() else out
-    wide = _accumulation_dtype(weight.dtype)
+    wide = accumulation_dtype(weight.dtype)
     ids_keep = _dense(ids_keep)
     space = workspace("patch_embed_fwd_workspace", weight.dtype, C, p, D, like=images)
     bad = call(
@@ -152,7 +156,7 @@ def _bwd_kernel(dout, images, weight, ids_keep, mean, std, mask, P, pos_rows, wa
 
 def _bwd_fake(dout, images, weight, ids_keep, mean, std, mask, P, pos_rows, want) -> tuple[Tensor, ...]:
     """Gradients of images (as they lie), weight, bias, pos_embed, prefix_tokens and mask_token; empty if not wanted."""
-    D, wide = weight.shape[0], _accumulation_dtype(weight.dtype)
+    D, wide = weight.shape[0], accumulation_dtype(weight.dtype)
     shapes = (weight.shape, (D,), (pos_rows, D), (P, D), (D,))
     layout = torch.channels_last if _is_channels_last(images) else torch.contiguous_format
     dimages = torch.empty_like(images, memory_format=layout) if want[0] else images.new_empty(0)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fvm_fast.ops._backend import check_same_device, check_same_dtype
+from fvm_fast.ops._backend import accumulation_dtype, check_same_device, check_same_dtype
 
 
 class ClassIds(NamedTuple):
@@ -37,7 +37,7 @@ class Teacher(NamedTuple):
 
 def loss_dtype(features: Tensor) -> torch.dtype:
     """In which a loss over these features is computed and returned: float64 for float64, float32 for all else."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
+    return accumulation_dtype(features.dtype)
 
 
 def scalar(op: str, name: str, value: Tensor | float, features: Tensor) -> Tensor:

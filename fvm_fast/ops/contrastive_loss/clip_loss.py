@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
-from fvm_fast.ops._direct import direct
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import (
     Side,
@@ -188,14 +187,14 @@ def _clip_backward(ctx, dloss: Tensor | None, *_):
     return *(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *[None] * 8
 
 
-register_op(
+_clip_bwd = register_op(
     "clip_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor scale, Tensor? row_ids, Tensor? col_ids, "
     "Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale, Tensor lse, Tensor teacher_lse, Tensor kept, "
     "float alpha, float smoothing, bool want_x, bool want_y, bool want_scale) -> (Tensor, Tensor, Tensor)",
     kernel=_clip_bwd_kernel,
     fake=_clip_bwd_fake,
 )
-register_op(
+_clip = register_op(
     "clip_loss(Tensor x, Tensor y, Tensor scale, Tensor? row_ids, Tensor? col_ids, Tensor? teacher_x, "
     "Tensor? teacher_y, Tensor? teacher_scale, float alpha, float smoothing, bool keep) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
@@ -204,8 +203,6 @@ register_op(
     setup_context=_clip_setup,
     backward=_clip_backward,
 )
-_clip_bwd = direct(torch.ops.fvm_fast.clip_loss_bwd, _clip_bwd_kernel)
-_clip = direct(torch.ops.fvm_fast.clip_loss, _clip_kernel, setup_context=_clip_setup, backward=_clip_backward)
 
 
 def clip_loss(

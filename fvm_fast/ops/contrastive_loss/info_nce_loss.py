@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
-from fvm_fast.ops._direct import direct
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import info_nce_backward, info_nce_forward
 from fvm_fast.ops.contrastive_loss._targets import (
@@ -179,24 +178,20 @@ def _info_nce_backward(ctx, dloss: Tensor | None, *_):
     return *(g if wanted else None for g, wanted in zip(grads, want, strict=True)), None, None, None
 
 
-register_op(
+_info_nce_bwd = register_op(
     "info_nce_loss_bwd(Tensor dloss, Tensor query, Tensor positive_key, Tensor? negative_keys, Tensor temperature, "
     "Tensor? row_ids, Tensor? col_ids, Tensor stats, Tensor pull, bool want_query, bool want_positive, "
     "bool want_negatives, bool want_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_info_nce_bwd_kernel,
     fake=_info_nce_bwd_fake,
 )
-register_op(
+_info_nce = register_op(
     "info_nce_loss(Tensor query, Tensor positive_key, Tensor negative_keys, Tensor temperature, Tensor? row_ids, "
     "Tensor? col_ids, bool want_pull) -> (Tensor, Tensor, Tensor)",
     kernel=_info_nce_kernel,
     fake=_info_nce_fake,
     setup_context=_info_nce_setup,
     backward=_info_nce_backward,
-)
-_info_nce_bwd = direct(torch.ops.fvm_fast.info_nce_loss_bwd, _info_nce_bwd_kernel)
-_info_nce = direct(
-    torch.ops.fvm_fast.info_nce_loss, _info_nce_kernel, setup_context=_info_nce_setup, backward=_info_nce_backward
 )
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
-from fvm_fast.ops._direct import direct
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import nt_xent_backward, nt_xent_forward
 from fvm_fast.ops.contrastive_loss._targets import (
@@ -91,22 +90,18 @@ def _nt_xent_backward(ctx, dloss: Tensor | None, _):
     return tuple(g if wanted else None for g, wanted in zip(grads, want, strict=True))
 
 
-register_op(
+_nt_xent_bwd = register_op(
     "nt_xent_loss_bwd(Tensor dloss, Tensor z, Tensor temperature, Tensor lse, bool want_z, bool want_temperature) -> "
     "(Tensor, Tensor)",
     kernel=_nt_xent_bwd_kernel,
     fake=_nt_xent_bwd_fake,
 )
-register_op(
+_nt_xent = register_op(
     "nt_xent_loss(Tensor z, Tensor temperature) -> (Tensor, Tensor)",
     kernel=_nt_xent_kernel,
     fake=_nt_xent_fake,
     setup_context=_nt_xent_setup,
     backward=_nt_xent_backward,
-)
-_nt_xent_bwd = direct(torch.ops.fvm_fast.nt_xent_loss_bwd, _nt_xent_bwd_kernel)
-_nt_xent = direct(
-    torch.ops.fvm_fast.nt_xent_loss, _nt_xent_kernel, setup_context=_nt_xent_setup, backward=_nt_xent_backward
 )
 
 

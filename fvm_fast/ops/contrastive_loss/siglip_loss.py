@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvm_fast.ops._backend import use_native
-from fvm_fast.ops._direct import direct
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import siglip_block
 from fvm_fast.ops.contrastive_loss._targets import (
@@ -106,13 +105,13 @@ def _siglip_backward(ctx, dloss: Tensor | None, *_):
     return *(g if wanted else None for g, wanted in zip(grads, want, strict=True)), *[None] * 4
 
 
-register_op(
+_siglip_bwd = register_op(
     "siglip_loss_bwd(Tensor dloss, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor slopes, Tensor dx, Tensor dy, "
     "bool want_x, bool want_y, bool want_scale, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_siglip_bwd_kernel,
     fake=_siglip_bwd_fake,
 )
-register_op(
+_siglip = register_op(
     "siglip_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? row_ids, Tensor? col_ids, bool want_x, "
     "bool want_y) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_siglip_kernel,
@@ -120,8 +119,6 @@ register_op(
     setup_context=_siglip_setup,
     backward=_siglip_backward,
 )
-_siglip_bwd = direct(torch.ops.fvm_fast.siglip_loss_bwd, _siglip_bwd_kernel)
-_siglip = direct(torch.ops.fvm_fast.siglip_loss, _siglip_kernel, setup_context=_siglip_setup, backward=_siglip_backward)
 
 
 def siglip_loss(

@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvm_fast.ops._backend import autocast_dtype, call, check_same_device, use_native, workspace
+from fvm_fast.ops._backend import (
+    accumulation_dtype,
+    autocast_dtype,
+    call,
+    check_same_device,
+    use_native,
+    workspace,
+)
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.window_attention._checks import (
     as_pair,
@@ -57,7 +64,7 @@ def window_attention_reference(
     window, shift = as_pair("window_size", window_size), as_pair("shift_size", shift_size)
     geometry = Geometry((qkv.shape[1], qkv.shape[2]), window, shift, pad_order == "pad_roll")
     q, k, v = _split_heads(geometry.cut(qkv, pad_qkv), num_heads, qkv_layout)  # [B, windows, heads, N, d] each
-    wide = _accumulation_dtype(qkv)
+    wide = accumulation_dtype(qkv.dtype)
     if logit_scale is None:
         logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
     else:
@@ -85,10 +92,6 @@ def _split_heads(windows: Tensor, num_heads: int, qkv_layout: str) -> tuple[Tens
     else:
         parts = windows.reshape(B, count, N, num_heads, 3, d).permute(4, 0, 1, 3, 2, 5)
     return parts.unbind(0)
-
-
-def _accumulation_dtype(qkv: Tensor) -> torch.dtype:
-    return torch.promote_types(qkv.dtype, torch.float32)
 
 
 def _dropout(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class _Options(NamedTuple):
 
 def _wide(qkv: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters in the accumulation dtype."""
-    return [None if t is None else t.to(_accumulation_dtype(qkv)).contiguous() for t in parameters]
+    return [None if t is None else t.to(accumulation_dtype(qkv.dtype)).contiguous() for t in parameters]
 
 
 def _kernel(qkv, attn_bias, logit_scale, pad_qkv, seed, *options) -> Tensor:
@@ -158,7 +161,7 @@ def _bwd_kernel(dout, want, qkv, attn_bias, logit_scale, pad_qkv, seed, *options
 
 def _bwd_fake(dout, want, qkv, attn_bias, logit_scale, pad_qkv, *_) -> tuple[Tensor, ...]:
     """Gradients of qkv in its dtype and of the parameters in the accumulation dtype; empty if not wanted."""
-    wide = _accumulation_dtype(qkv)
+    wide = accumulation_dtype(qkv.dtype)
     inputs = ((qkv, qkv.dtype), (attn_bias, wide), (logit_scale, wide), (pad_qkv, wide))
     return tuple(
         qkv.new_empty(t.shape if wanted else (0,), dtype=dtype) for (t, dtype), wanted in zip(inputs, want, strict=True)
