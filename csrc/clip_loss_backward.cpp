@@ -11,47 +11,18 @@ template <class T> struct ClipGradient {
   using P = Operand<T>;
   using A = Acc<T>;
   using V = Vec<A>;
-  static constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, L = kLanes<A>, RV = (MR + L - 1) / L;
+  static constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, L = kLanes<A>;
   const ClipTargets<T>& targets;
+  WeightedProbabilities<P> probabilities;
 
-  // exp(S - lse) = exp(S - high) exp(high - lse), the second a number for each row and column
-  void narrow(const A* similarities, A* g, int64_t i0, int64_t j0, A high) const {
-    const A scale = targets.scale.size, sign = targets.scale.sign;
-    A of_row[RV * L], of_column[NR];
-    auto factors = [&](const Side<A>& side, int64_t first, int n, A* out) {
-      for (int v = 0; v < n; v += L) {
-        const V p = probability(splat(high), scale, load(side.lse.ref + first + v), load(side.lse.rest + first + v));
-        store(out + v, load(side.weight + first + v) * p);
-      }
-    };
-    factors(targets.row, i0, RV * L, of_row), factors(targets.column, j0, NR, of_column);
-    for (int i = 0; i < MR; i++)
-      for (int j = 0; j < NR; j += L) {
-        const V e = vexp((load(similarities + i * NR + j) * sign - high) * scale);
-        store(g + i * NR + j, e * (load(of_column + j) + of_row[i]));
-      }
-  }
-
-  void wide(const A* similarities, A* g, int64_t i0, int64_t j0) const {
-    const A scale = targets.scale.size, sign = targets.scale.sign;
-    const Side<A>&row = targets.row, &column = targets.column;
-    for (int i = 0; i < MR; i++)
-      for (int j = 0; j < NR; j += L) {
-        const V u = load(similarities + i * NR + j) * sign;
-        const V by_row = probability(u, scale, splat(row.lse.ref[i0 + i]), splat(row.lse.rest[i0 + i]));
-        const V by_column = probability(u, scale, load(column.lse.ref + j0 + j), load(column.lse.rest + j0 + j));
-        store(g + i * NR + j, by_row * row.weight[i0 + i] + by_column * load(column.weight + j0 + j));
-      }
-  }
+  explicit ClipGradient(const ClipTargets<T>& targets)
+      : targets(targets),
+        probabilities{
+            {targets.row.weight, targets.row.lse}, {targets.column.weight, targets.column.lse}, targets.scale} {}
 
   void operator()(int64_t i0, int64_t j0, int64_t rows, int64_t columns, const A* similarities, A* g,
                   Sums& sums) const {
-    A low, high;
-    range(similarities, MR * NR, low, high);
-    if ((high - low) * targets.scale.size < kSpan<A>)
-      narrow(similarities, g, i0, j0, targets.scale.sign < 0 ? -low : high);
-    else
-      wide(similarities, g, i0, j0);
+    probabilities(similarities, g, i0, j0);
     targets.for_each_dense(i0, j0, [&](int e, V q) { store(g + e, load(g + e) - q); });
     targets.for_each_positive(i0, j0, [&](int e, double q) { g[e] -= A(q); });
     if (is_partial<P>(rows, columns)) fill_outside<P>(g, rows, columns, 0);
@@ -69,7 +40,7 @@ void clip_backward(const ClipInputs<T>& in, double dloss, const Kept<Operand<T>>
   const ClipTargets<T> targets(space, in);
   targets.fill(in, threads);
   const Acc<T> factor = Acc<T>(in.scale * dloss);
-  *dscale = Acc<T>(dloss * pair_gradients(in.pairs, ws, dx, dy, factor, threads, ClipGradient<T>{targets}, kept).scale);
+  *dscale = Acc<T>(dloss * pair_gradients(in.pairs, ws, dx, dy, factor, threads, ClipGradient<T>(targets), kept).scale);
 }
 
 }  // namespace

@@ -53,6 +53,15 @@ template <class P, class T> static inline P to_operand(T x) {
     return narrow<P>(widen(x));
 }
 
+// Two steps as one: pairs[2 i], pairs[2 i + 1] = first[i], second[i]
+__attribute__((always_inline)) static inline void interleave(bf16* pairs, const bf16* first, const bf16* second,
+                                                             int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t pair = uint32_t(first[i].bits) | uint32_t(second[i].bits) << 16;
+    memcpy(static_cast<void*>(pairs + 2 * i), &pair, 4);
+  }
+}
+
 // One vector of the K steps of a row, a step being KU operands in the room of one accumulator.
 template <class P, class T> static inline Vec<Acc<P>> load_steps(const T* src) {
   if constexpr (Tile<P>::KU == 2) {
@@ -111,10 +120,7 @@ static inline void pack_columns(P* dst, const T* src, int64_t ld, int64_t n, int
         for (int i = 0; i < WIDTH * KU; i++)
           d[i] = i / KU < columns && k + i % KU < K ? to_operand<P>(s[i % KU * ld + i / KU]) : P{};
       } else if constexpr (KU == 2) {
-        for (int i = 0; i < WIDTH; i++) {
-          const uint32_t pair = uint32_t(s[i].bits) | uint32_t(s[ld + i].bits) << 16;
-          memcpy(static_cast<void*>(d + i * 2), &pair, 4);
-        }
+        interleave(d, s, s + ld, WIDTH);
       } else {
         constexpr int L = kLanes<Acc<P>>, kVectors = WIDTH / L * L;
         for (int i = 0; i < kVectors; i += L) store(d + i, load_widened(s + i));
@@ -125,6 +131,31 @@ static inline void pack_columns(P* dst, const T* src, int64_t ld, int64_t n, int
 }
 
 // ---- the inner loop
+
+// acc[i][j] += A[i * ROW] B[j] for one step of K: MR rows by NV vectors of columns
+template <class P, int ROW, int MR, int NV>
+__attribute__((always_inline)) static inline void add_step(Vec<Acc<P>> (&acc)[MR][NV], const P* A, const P* B) {
+  using V = Vec<Acc<P>>;
+  constexpr int L = kLanes<Acc<P>>;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(P) == 2) {
+    __m512bh bv[NV];
+    for (int j = 0; j < NV; j++) bv[j] = (__m512bh)_mm512_loadu_si512(B + j * L * 2);
+    for (int i = 0; i < MR; i++) {
+      int32_t pair;
+      memcpy(&pair, A + i * ROW, 4);
+      for (int j = 0; j < NV; j++)
+        acc[i][j] = (V)_mm512_dpbf16_ps((__m512)acc[i][j], (__m512bh)_mm512_set1_epi32(pair), bv[j]);
+    }
+  } else
+#endif
+  {
+    V bv[NV];
+    for (int j = 0; j < NV; j++) bv[j] = load(B + j * L);
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NV; j++) acc[i][j] += A[i * ROW] * bv[j];
+  }
+}
 
 // out[MR x NR], row stride ld: = A B, or += A B when `add`. B is one panel. A's step k (a pair of them, when KU is 2)
 // of row i is at A[i * ROW + k / KU * STEP]: a packed panel has ROW = KU and STEP = MR * KU, a slice of a wider one a
@@ -139,25 +170,7 @@ __attribute__((noinline)) static void tile_strided(int64_t K, const P* __restric
   for (int i = 0; i < T::MR; i++)
     for (int j = 0; j < T::NV; j++) acc[i][j] = V{};
   for (int64_t k = 0; k < K; k += T::KU, A += STEP, B += T::NR * T::KU) {
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(P) == 2) {
-      __m512bh bv[T::NV];
-      for (int j = 0; j < T::NV; j++) bv[j] = (__m512bh)_mm512_loadu_si512(B + j * T::lanes * 2);
-      for (int i = 0; i < T::MR; i++) {
-        int32_t pair;
-        memcpy(&pair, A + i * ROW, 4);
-        for (int j = 0; j < T::NV; j++)
-          acc[i][j] = (V)_mm512_dpbf16_ps((__m512)acc[i][j], (__m512bh)_mm512_set1_epi32(pair), bv[j]);
-      }
-      continue;
-    } else
-#endif
-    {
-      V bv[T::NV];
-      for (int j = 0; j < T::NV; j++) bv[j] = load(B + j * T::lanes);
-      for (int i = 0; i < T::MR; i++)
-        for (int j = 0; j < T::NV; j++) acc[i][j] += A[i * ROW] * bv[j];
-    }
+    add_step<P, ROW>(acc, A, B);
   }
   for (int i = 0; i < T::MR; i++)
     for (int j = 0; j < T::NV; j++) {

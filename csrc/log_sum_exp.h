@@ -59,6 +59,60 @@ template <class A> static inline void range(const A* values, int n, A& low, A& h
   low = -max_lanes<A>(-lows), high = max_lanes<A>(highs);
 }
 
+// Rows, or columns: the weight of each in the loss, and its log-sum-exp. A vector may reach past the end.
+template <class A> struct Terms {
+  A* weight;
+  Lse<A> lse;
+};
+
+// From the similarities of the tile at (i0, j0): weight exp(S - lse) of the row plus that of the column. `outliers`: some
+// elements, which the caller replaces, are no part of the log-sum-exps and may be far above all others.
+template <class P> struct WeightedProbabilities {
+  using A = Acc<P>;
+  using V = Vec<A>;
+  static constexpr int MR = Tile<P>::MR, NR = Tile<P>::NR, L = kLanes<A>, RV = (MR + L - 1) / L;
+  Terms<A> rows, columns;
+  Scale<A> scale;
+
+  void operator()(const A* similarities, A* g, int64_t i0, int64_t j0, bool outliers = false) const {
+    A low, high;
+    range(similarities, MR * NR, low, high);
+    if ((high - low) * scale.size < kSpan<A> && !outliers)
+      narrow(similarities, g, i0, j0, scale.sign < 0 ? -low : high);
+    else
+      wide(similarities, g, i0, j0);
+  }
+
+ private:
+  // exp(S - lse) = exp(S - high) exp(high - lse), the second a number for each row and column
+  void narrow(const A* similarities, A* g, int64_t i0, int64_t j0, A high) const {
+    A of_row[RV * L], of_column[NR];
+    auto factors = [&](const Terms<A>& of, int64_t first, int n, A* out) {
+      for (int v = 0; v < n; v += L) {
+        const V p = probability(splat(high), scale.size, load(of.lse.ref + first + v), load(of.lse.rest + first + v));
+        store(out + v, load(of.weight + first + v) * p);
+      }
+    };
+    factors(rows, i0, RV * L, of_row), factors(columns, j0, NR, of_column);
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NR; j += L) {
+        const V e = vexp((load(similarities + i * NR + j) * scale.sign - high) * scale.size);
+        store(g + i * NR + j, e * (load(of_column + j) + of_row[i]));
+      }
+  }
+
+  void wide(const A* similarities, A* g, int64_t i0, int64_t j0) const {
+    const Lse<A>&row = rows.lse, &column = columns.lse;
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NR; j += L) {
+        const V u = load(similarities + i * NR + j) * scale.sign;
+        const V by_row = probability(u, scale.size, splat(row.ref[i0 + i]), splat(row.rest[i0 + i]));
+        const V by_column = probability(u, scale.size, load(column.ref + j0 + j), load(column.rest + j0 + j));
+        store(g + i * NR + j, by_row * rows.weight[i0 + i] + by_column * load(columns.weight + j0 + j));
+      }
+  }
+};
+
 // The sums of MR rows over the tiles so far, each spread over the lanes until its row ends.
 template <class P> struct RowSums {
   using A = Acc<P>;

@@ -22,7 +22,7 @@ template <class T> struct NtXentBackward {
   int64_t R, D, blocks, chunk;  // blocks of all rows, and of the rows of a chunk
   P *rows, *cols, *features;    // z: in panels of MR rows, of NR rows, and of NR features over all rows
   P *g, *g_pairs;               // [chunk, blocks, W, W]
-  Lse<A> lse;                   // [R], padded: a vector may reach past the end
+  Terms<A> terms;               // [R], padded
   double* dscales;              // [chunk, blocks]
   Scale<A> scale;
   A weight;
@@ -35,12 +35,13 @@ template <class T> struct NtXentBackward {
     features = ws.take<P>(packed_size<P>(D, R, NR));
     g = ws.take<P>(chunk * blocks * kArea), g_pairs = ws.take<P>(kPairs ? chunk * blocks * kArea : 0);
     const int64_t padded = round_up(R, W) + kLanes<A>;
-    lse = {ws.take<A>(padded), ws.take<A>(padded)};
+    terms = {ws.take<A>(padded), {ws.take<A>(padded), ws.take<A>(padded)}};
     dscales = ws.take<double>(chunk * blocks);
   }
 
   void fill(const T* z, const double* lse_of, int64_t threads) const {
-    for (int64_t i = 0; i < round_up(R, W) + kLanes<A>; i++) lse.set(i, i < R ? lse_of[i] : 0, scale);
+    for (int64_t i = 0; i < round_up(R, W) + kLanes<A>; i++)
+      terms.weight[i] = weight, terms.lse.set(i, i < R ? lse_of[i] : 0, scale);
     pack_rows_parallel<MR>(rows, z, R, D, threads);
     pack_rows_parallel<NR>(cols, z, R, D, threads);
     pack_features_parallel<NR>(features, z, R, D, threads);
@@ -48,42 +49,11 @@ template <class T> struct NtXentBackward {
 
   // ---- G of a tile
 
-  // exp(S - lse) = exp(S - high) exp(high - lse), the second a number for each row and column
-  void narrow(const A* u, A* out, int64_t i0, int64_t j0, A high) const {
-    constexpr int RV = (MR + L - 1) / L;
-    A of_row[RV * L], of_column[NR];
-    auto factors = [&](int64_t first, int n, A* to) {
-      for (int v = 0; v < n; v += L)
-        store(to + v,
-              weight * probability(splat(high), scale.size, load(lse.ref + first + v), load(lse.rest + first + v)));
-    };
-    factors(i0, RV * L, of_row), factors(j0, NR, of_column);
-    for (int i = 0; i < MR; i++)
-      for (int j = 0; j < NR; j += L) {
-        const V e = vexp((load(u + i * NR + j) * scale.sign - high) * scale.size);
-        store(out + i * NR + j, e * (load(of_column + j) + of_row[i]));
-      }
-  }
-
-  void wide(const A* u, A* out, int64_t i0, int64_t j0) const {
-    for (int i = 0; i < MR; i++)
-      for (int j = 0; j < NR; j += L) {
-        const V v = load(u + i * NR + j) * scale.sign;
-        const V by_row = probability(v, scale.size, splat(lse.ref[i0 + i]), splat(lse.rest[i0 + i]));
-        const V by_column = probability(v, scale.size, load(lse.ref + j0 + j), load(lse.rest + j0 + j));
-        store(out + i * NR + j, weight * (by_row + by_column));
-      }
-  }
-
   // Makes G of a tile of similarities; returns its part of the derivative by the scale.
   double gradient(const A* u, A* out, int64_t i0, int64_t j0) const {
-    A low, high;
-    range(u, MR * NR, low, high);
     // the diagonal's similarities are no part of a log-sum-exp, and far above all others
-    if ((high - low) * scale.size < kSpan<A> && !triangle.is_cut(i0, j0))
-      narrow(u, out, i0, j0, scale.sign < 0 ? -low : high);
-    else
-      wide(u, out, i0, j0);
+    const WeightedProbabilities<P> probabilities{terms, terms, scale};
+    probabilities(u, out, i0, j0, triangle.is_cut(i0, j0));
     triangle.for_each_positive(i0, j0, [&](int64_t e) { out[e] -= 2 * weight; });
     triangle.fill_others(out, i0, j0, 0);
     V dscale = {};
@@ -99,11 +69,8 @@ template <class T> struct NtXentBackward {
   void keep(const A* tile, A factor, P* to, P* to_pairs) const {
     for (int i = 0; i < MR; i++)
       for (int j = 0; j < NR; j += L) store_narrowed(to + i * W + j, load(tile + i * NR + j) * factor);
-    if constexpr (kPairs) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(to_pairs);
-      for (int i = 0; i < MR; i += 2, pairs += W)
-        for (int j = 0; j < NR; j++) pairs[j] = uint32_t(to[i * W + j].bits) | uint32_t(to[(i + 1) * W + j].bits) << 16;
-    }
+    if constexpr (kPairs)
+      for (int i = 0; i < MR; i += 2) interleave(to_pairs + i * W, to + i * W, to + (i + 1) * W, NR);
   }
 
   // Block (r, c) of the chunk that starts with block `first`. Tiles that the products may touch beyond the diagonal are

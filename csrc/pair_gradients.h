@@ -59,10 +59,8 @@ static inline void store_gradient(const GradientSpace<T>& ws, const Acc<T>* tile
     for (int v = 0; v < S::NR; v += L) store_narrowed(g + r * W + v, load(tile + r * S::NR + v) * factor);
   }
   if constexpr (S::kPairs) {
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(ws.stripe(ws.g_pairs, j / W)) + i / 2 * W + j % W;
-    for (int r = 0; r < S::MR; r += 2)
-      for (int c = 0; c < S::NR; c++)
-        pairs[r / 2 * W + c] = uint32_t(g[r * W + c].bits) | uint32_t(g[(r + 1) * W + c].bits) << 16;
+    typename S::P* pairs = ws.stripe(ws.g_pairs, j / W) + i * W + j % W * 2;
+    for (int r = 0; r < S::MR; r += 2) interleave(pairs + r * W, g + r * W, g + (r + 1) * W, S::NR);
   }
 }
 

@@ -84,11 +84,8 @@ template <int WIDTH, class P> void pack_step(P* __restrict panels, int64_t steps
   for (int64_t i0 = 0; i0 < n; i0 += WIDTH, d += WIDTH * padded_k<P>(steps)) {
     if constexpr (Tile<P>::KU == 1)
       memcpy(d, rows + i0, WIDTH * sizeof(P));
-    else {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(d);
-      for (int i = 0; i < WIDTH; i++)
-        pairs[i] = uint32_t(rows[i0 + i].bits) | uint32_t(rows[row_size + i0 + i].bits) << 16;
-    }
+    else
+      interleave(d, rows + i0, rows + row_size + i0, WIDTH);
   }
 }
 

@@ -115,9 +115,8 @@ template <class P> static inline Panels<P> token_steps(const Panels<P>& panels, 
     const Panels<P> to{pairs, panels.n, panels.d};
     for (int64_t c = 0; c < panels.count(); c++)
       for (int64_t i = 0; i < panels.n; i += 2) {
-        const uint16_t* src = reinterpret_cast<const uint16_t*>(panels.panel(c) + i * NR);
-        uint32_t* dst = reinterpret_cast<uint32_t*>(to.panel(c) + i * NR);
-        for (int e = 0; e < NR; e++) dst[e] = uint32_t(src[e]) | uint32_t(src[NR + e]) << 16;
+        const P* rows = panels.panel(c) + i * NR;
+        interleave(to.panel(c) + i * NR, rows, rows + NR, NR);
       }
     return to;
   }
@@ -177,27 +176,7 @@ __attribute__((noinline)) static void window_tile(int64_t K, int64_t run, int64_
     for (int j = 0; j < NV; j++) acc[i][j] = V{};
   for (int64_t k0 = 0; k0 < K; k0 += run, A += jump) {
     const P* a = A;
-    for (int64_t k = 0; k < min(run, K - k0); k += T::KU, a += STEP, B += BSTEP) {
-#if defined(__AVX512BF16__)
-      if constexpr (sizeof(P) == 2) {
-        __m512bh bv[NV];
-        for (int j = 0; j < NV; j++) bv[j] = (__m512bh)_mm512_loadu_si512(B + j * T::lanes * 2);
-        for (int i = 0; i < MR; i++) {
-          int32_t pair;
-          memcpy(&pair, a + i * ROW, 4);
-          for (int j = 0; j < NV; j++)
-            acc[i][j] = (V)_mm512_dpbf16_ps((__m512)acc[i][j], (__m512bh)_mm512_set1_epi32(pair), bv[j]);
-        }
-        continue;
-      } else
-#endif
-      {
-        V bv[NV];
-        for (int j = 0; j < NV; j++) bv[j] = load(B + j * T::lanes);
-        for (int i = 0; i < MR; i++)
-          for (int j = 0; j < NV; j++) acc[i][j] += a[i * ROW] * bv[j];
-      }
-    }
+    for (int64_t k = 0; k < min(run, K - k0); k += T::KU, a += STEP, B += BSTEP) add_step<P, ROW>(acc, a, B);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)

@@ -7,12 +7,14 @@ ring, and comes home with the sum.
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_own_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+# Weak, so that they die with destroy_process_group and not, threads running, with the interpreter.
+_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 def _own_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
