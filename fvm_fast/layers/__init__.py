@@ -13,6 +13,7 @@ from fvm_fast.layers.mlp import Mlp
 from fvm_fast.layers.patch_embed import PatchEmbed
 from fvm_fast.layers.pos_embed import resize_pos_embed
 from fvm_fast.layers.residual_attention import ResidualAttentionBlock, Transformer
+from fvm_fast.layers.vision_transformer import VisionTransformer
 
 __all__ = [
     "Attention",
@@ -29,6 +30,7 @@ __all__ = [
     "ResidualAttentionBlock",
     "SigLipLoss",
     "Transformer",
+    "VisionTransformer",
     "activation_name",
     "get_act_layer",
     "resize_pos_embed",
