@@ -189,7 +189,7 @@ def main(
     args = parse_arguments(description, argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    name = Path(script).stem
+    name = report.section_name(Path(script).stem)
     parts = [f"## {name}\n\n{machine.describe()}.\n"]
     print(parts[0], flush=True)
     for problem in problems(args):
