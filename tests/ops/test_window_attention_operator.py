@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import assert_no_worse_than_torch, clone_with_grad
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from window_common import (
     NAMES,
     Case,
@@ -30,6 +31,14 @@ def backward(f, leaves: list[Tensor | None], dout: Tensor) -> list[Tensor | None
     out = f(*leaves)
     out.backward(dout)
     return [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+
+
+def test_checkpointing_changes_nothing():
+    args, dout = make(PADDED), output_gradient(PADDED)
+    plain = backward(ours(PADDED), args, dout)
+    again = backward(lambda *leaves: checkpoint(ours(PADDED), *leaves, use_reentrant=False), args, dout)
+    for a, b in zip(plain, again, strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 # ---- which arguments, which gradients

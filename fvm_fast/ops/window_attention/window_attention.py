@@ -175,9 +175,9 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout: Tensor):
     want = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.fvm_fast.window_attention_bwd(dout, want, *ctx.saved_tensors, *ctx.options)
-    inputs = ctx.saved_tensors[:4]
-    grads = (g.to(t.dtype) if wanted else None for g, t, wanted in zip(grads, inputs, want, strict=True))
+    saved = ctx.saved_tensors  # once: under checkpointing they can be read no second time
+    grads = torch.ops.fvm_fast.window_attention_bwd(dout, want, *saved, *ctx.options)
+    grads = (g.to(t.dtype) if wanted else None for g, t, wanted in zip(grads, saved[:4], want, strict=True))
     return *grads, None, *(None for _ in ctx.options)
 
 
