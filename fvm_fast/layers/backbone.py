@@ -18,6 +18,7 @@ class Backbone(nn.Module):
     """
 
     grad_checkpointing = False
+    default_out_indices = 3  # how many last maps ``features_only`` gives if not told; models of stages give all
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies a batch.

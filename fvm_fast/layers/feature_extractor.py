@@ -57,15 +57,17 @@ class FeatureExtractor(nn.Module):
 
     Args:
         model: taken over and pruned in place.
-        out_indices: blocks to return: the last n for an int, their numbers for a sequence.
+        out_indices: blocks or stages to return: the last n for an int, their numbers for a sequence; None is timm's
+            choice, all stages or the last three blocks.
         norm: apply the final norm to every map.
     """
 
-    def __init__(self, model: nn.Module, out_indices: int | Sequence[int] = 3, norm: bool = False) -> None:
+    def __init__(self, model: nn.Module, out_indices: int | Sequence[int] | None = None, norm: bool = False) -> None:
         super().__init__()
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"features_only needs a model with intermediate maps, got {type(model).__name__}")
         info = model.feature_info
+        out_indices = model.default_out_indices if out_indices is None else out_indices
         self.norm = norm
         self.out_indices = model.prune_intermediate_layers(out_indices, prune_norm=not norm)
         self.feature_info = FeatureInfo(info, self.out_indices)

@@ -112,6 +112,7 @@ class VisionTransformer(Backbone):
         _check_choice("pos_embed_resize", pos_embed_resize, RESIZE_RULES)
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
         fc_norm = global_pool in _POOLS if fc_norm is None else fc_norm
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
@@ -195,15 +196,14 @@ class VisionTransformer(Backbone):
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Equation 1: [B, C, H, W] -> tokens [B, P + L, D] with positions; of the patches, ids_keep [B, K] only."""
-        grid = self.patch_embed.feat_size(images.shape[-2:])
-        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
-        x = self.patch_embed(
-            images,
-            pos_embed=self._positions(grid),
-            prefix_tokens=torch.cat(tokens) if tokens else None,  # [P, D]
-            ids_keep=ids_keep,
-        )
+        positions = self._positions(self.patch_embed.feat_size(images.shape[-2:]))
+        x = self.patch_embed(images, pos_embed=positions, prefix_tokens=self.prefix_tokens(), ids_keep=ids_keep)
         return self.norm_pre(self.pos_drop(x))
+
+    def prefix_tokens(self) -> Tensor | None:
+        """The tokens that stand before the patches [P, D]; None without any."""
+        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        return torch.cat(tokens) if tokens else None
 
     def pool(self, x: Tensor) -> Tensor:
         """Equation 4: tokens [B, P + L, D] -> [B, D] by ``global_pool``."""
@@ -315,7 +315,7 @@ class VisionTransformer(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that assign parameters to depths, for layer-wise learning rates."""
         return {
-            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 

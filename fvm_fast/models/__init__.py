@@ -8,8 +8,13 @@ from typing import Any
 
 from torch import nn
 
+_TINYVIT = "fvm_fast.models.knowledge_distillation.tinyvit.model"
 _VIT = "fvm_fast.models.supervised_pretraining.vit.model"
 _CLIP = "fvm_fast.models.contrastive_learning.clip.model"
+_CONVNEXT = "fvm_fast.models.supervised_pretraining.convnext.model"
+_DEIT = "fvm_fast.models.knowledge_distillation.deit.model"
+_MAE = "fvm_fast.models.self_supervised.mae.model"
+_SWIN = "fvm_fast.models.supervised_pretraining.swin.model"
 
 # name -> "module:function". A module is imported when one of its models is first asked for.
 MODELS: dict[str, str] = {
@@ -22,6 +27,73 @@ MODELS: dict[str, str] = {
     "clip_vit_l_14": f"{_CLIP}:clip_vit_l_14",
     "clip_vit_l_14_336": f"{_CLIP}:clip_vit_l_14_336",
     "clip_vit_test": f"{_CLIP}:clip_vit_test",
+    "convnext_atto": f"{_CONVNEXT}:convnext_atto",
+    "convnext_base": f"{_CONVNEXT}:convnext_base",
+    "convnext_femto": f"{_CONVNEXT}:convnext_femto",
+    "convnext_large": f"{_CONVNEXT}:convnext_large",
+    "convnext_nano": f"{_CONVNEXT}:convnext_nano",
+    "convnext_pico": f"{_CONVNEXT}:convnext_pico",
+    "convnext_small": f"{_CONVNEXT}:convnext_small",
+    "convnext_test": f"{_CONVNEXT}:convnext_test",
+    "convnext_tiny": f"{_CONVNEXT}:convnext_tiny",
+    "convnext_xlarge": f"{_CONVNEXT}:convnext_xlarge",
+    "convnextv2_atto": f"{_CONVNEXT}:convnextv2_atto",
+    "convnextv2_base": f"{_CONVNEXT}:convnextv2_base",
+    "convnextv2_femto": f"{_CONVNEXT}:convnextv2_femto",
+    "convnextv2_huge": f"{_CONVNEXT}:convnextv2_huge",
+    "convnextv2_large": f"{_CONVNEXT}:convnextv2_large",
+    "convnextv2_nano": f"{_CONVNEXT}:convnextv2_nano",
+    "convnextv2_pico": f"{_CONVNEXT}:convnextv2_pico",
+    "convnextv2_small": f"{_CONVNEXT}:convnextv2_small",
+    "convnextv2_test": f"{_CONVNEXT}:convnextv2_test",
+    "convnextv2_tiny": f"{_CONVNEXT}:convnextv2_tiny",
+    "deit3_base_patch16_224": f"{_DEIT}:deit3_base_patch16_224",
+    "deit3_base_patch16_384": f"{_DEIT}:deit3_base_patch16_384",
+    "deit3_huge_patch14_224": f"{_DEIT}:deit3_huge_patch14_224",
+    "deit3_large_patch16_224": f"{_DEIT}:deit3_large_patch16_224",
+    "deit3_large_patch16_384": f"{_DEIT}:deit3_large_patch16_384",
+    "deit3_medium_patch16_224": f"{_DEIT}:deit3_medium_patch16_224",
+    "deit3_small_patch16_224": f"{_DEIT}:deit3_small_patch16_224",
+    "deit3_small_patch16_384": f"{_DEIT}:deit3_small_patch16_384",
+    "deit3_test_patch16_64": f"{_DEIT}:deit3_test_patch16_64",
+    "deit_base_distilled_patch16_224": f"{_DEIT}:deit_base_distilled_patch16_224",
+    "deit_base_distilled_patch16_384": f"{_DEIT}:deit_base_distilled_patch16_384",
+    "deit_base_patch16_224": f"{_DEIT}:deit_base_patch16_224",
+    "deit_base_patch16_384": f"{_DEIT}:deit_base_patch16_384",
+    "deit_small_distilled_patch16_224": f"{_DEIT}:deit_small_distilled_patch16_224",
+    "deit_small_patch16_224": f"{_DEIT}:deit_small_patch16_224",
+    "deit_test_distilled_patch16_64": f"{_DEIT}:deit_test_distilled_patch16_64",
+    "deit_test_patch16_64": f"{_DEIT}:deit_test_patch16_64",
+    "deit_tiny_distilled_patch16_224": f"{_DEIT}:deit_tiny_distilled_patch16_224",
+    "deit_tiny_patch16_224": f"{_DEIT}:deit_tiny_patch16_224",
+    "mae_vit_base_patch16": f"{_MAE}:mae_vit_base_patch16",
+    "mae_vit_huge_patch14": f"{_MAE}:mae_vit_huge_patch14",
+    "mae_vit_large_patch16": f"{_MAE}:mae_vit_large_patch16",
+    "mae_vit_test_patch8": f"{_MAE}:mae_vit_test_patch8",
+    "swin_base_patch4_window7_224": f"{_SWIN}:swin_base_patch4_window7_224",
+    "swin_base_patch4_window12_384": f"{_SWIN}:swin_base_patch4_window12_384",
+    "swin_large_patch4_window7_224": f"{_SWIN}:swin_large_patch4_window7_224",
+    "swin_large_patch4_window12_384": f"{_SWIN}:swin_large_patch4_window12_384",
+    "swin_small_patch4_window7_224": f"{_SWIN}:swin_small_patch4_window7_224",
+    "swin_test_patch4_window4_64": f"{_SWIN}:swin_test_patch4_window4_64",
+    "swin_tiny_patch4_window7_224": f"{_SWIN}:swin_tiny_patch4_window7_224",
+    "swinv2_base_window8_256": f"{_SWIN}:swinv2_base_window8_256",
+    "swinv2_base_window12to16_192to256": f"{_SWIN}:swinv2_base_window12to16_192to256",
+    "swinv2_base_window12to24_192to384": f"{_SWIN}:swinv2_base_window12to24_192to384",
+    "swinv2_base_window16_256": f"{_SWIN}:swinv2_base_window16_256",
+    "swinv2_large_window12to16_192to256": f"{_SWIN}:swinv2_large_window12to16_192to256",
+    "swinv2_large_window12to24_192to384": f"{_SWIN}:swinv2_large_window12to24_192to384",
+    "swinv2_small_window8_256": f"{_SWIN}:swinv2_small_window8_256",
+    "swinv2_small_window16_256": f"{_SWIN}:swinv2_small_window16_256",
+    "swinv2_test_window4_64": f"{_SWIN}:swinv2_test_window4_64",
+    "swinv2_tiny_window8_256": f"{_SWIN}:swinv2_tiny_window8_256",
+    "swinv2_tiny_window16_256": f"{_SWIN}:swinv2_tiny_window16_256",
+    "tiny_vit_5m_224": f"{_TINYVIT}:tiny_vit_5m_224",
+    "tiny_vit_11m_224": f"{_TINYVIT}:tiny_vit_11m_224",
+    "tiny_vit_21m_224": f"{_TINYVIT}:tiny_vit_21m_224",
+    "tiny_vit_21m_384": f"{_TINYVIT}:tiny_vit_21m_384",
+    "tiny_vit_21m_512": f"{_TINYVIT}:tiny_vit_21m_512",
+    "tiny_vit_test": f"{_TINYVIT}:tiny_vit_test",
     "vit_base_patch8_224": f"{_VIT}:vit_base_patch8_224",
     "vit_base_patch16_224": f"{_VIT}:vit_base_patch16_224",
     "vit_base_patch16_384": f"{_VIT}:vit_base_patch16_384",
@@ -43,9 +115,30 @@ MODELS: dict[str, str] = {
     "vit_tiny_patch16_384": f"{_VIT}:vit_tiny_patch16_384",
 }
 
-_CLASSES = {"CLIP": _CLIP, "VisionTransformer": _VIT}
+_CLASSES = {
+    "CLIP": _CLIP,
+    "ConvNeXt": _CONVNEXT,
+    "MaskedAutoencoderViT": _MAE,
+    "SwinTransformer": _SWIN,
+    "SwinTransformerV2": _SWIN,
+    "TinyVit": _TINYVIT,
+    "VisionTransformer": _VIT,
+    "VisionTransformerDistilled": _DEIT,
+}
 
-__all__ = ["CLIP", "MODELS", "VisionTransformer", "create_model", "list_models"]
+__all__ = [
+    "CLIP",
+    "ConvNeXt",
+    "MODELS",
+    "MaskedAutoencoderViT",
+    "SwinTransformer",
+    "SwinTransformerV2",
+    "TinyVit",
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "create_model",
+    "list_models",
+]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -57,7 +150,7 @@ def create_model(
     name: str,
     *,
     features_only: bool = False,
-    out_indices: int | tuple[int, ...] = 3,
+    out_indices: int | tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a model by name, with random weights (``fvm_fast.load_weights`` fills them in).
@@ -65,14 +158,16 @@ def create_model(
     Args:
         name: one of ``list_models()``.
         features_only: return a backbone whose forward gives a list of feature maps [B, D, rows, columns].
-        out_indices: with ``features_only``, the last n blocks for an int, or the numbers of the blocks.
+        out_indices: with ``features_only``, the last n blocks or stages for an int, or their numbers; None for the last
+            three blocks, or all stages.
         **kwargs: override any size or argument of the model's constructor.
 
     Raises:
         ValueError: the name is unknown; the message suggests the nearest ones.
     """
     if name not in MODELS:
-        nearest = get_close_matches(name, MODELS, n=3, cutoff=0.5)
+        begun = [known for known in list_models() if known.startswith(name)]
+        nearest = (begun or get_close_matches(name, MODELS, n=3, cutoff=0.5))[:3]
         hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "list_models() names them all"
         raise ValueError(f"create_model: the name should be one of the {len(MODELS)} known, got {name!r}; {hint}")
     module, function = MODELS[name].split(":")

@@ -13,7 +13,13 @@ from torch import nn
 # Class of the model -> module. Subclasses share their parent's.
 CONVERTERS: dict[str, str] = {
     "CLIP": "fvm_fast.weights.clip",
+    "ConvNeXt": "fvm_fast.weights.convnext",
+    "MaskedAutoencoderViT": "fvm_fast.weights.mae",
+    "SwinTransformer": "fvm_fast.weights.swin",
+    "SwinTransformerV2": "fvm_fast.weights.swin",
+    "TinyVit": "fvm_fast.weights.tinyvit",
     "VisionTransformer": "fvm_fast.weights.vit",
+    "VisionTransformerDistilled": "fvm_fast.weights.deit",
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViT's weights as timm (our own names), transformers (in memory and on the hub) and torchvision spell them."""
+"""ViT's weights as timm (our names), transformers (in memory and on the hub), torchvision and DeiT III spell them."""
 
 import re
 from collections.abc import Collection
@@ -64,9 +64,10 @@ def adapt(state: StateDict, model: nn.Module, resize: str | None) -> list[str]:
     """Fits a state dict in our names to the model, in place, and says what was done.
 
     A patch projection stored as a Linear [D, C p p] becomes a convolution's [D, C, p, p]; a position embedding for
-    another grid is resized by the rule ``resize`` (None: the model's own rule).
+    another grid is resized by the rule ``resize`` (None: the model's own rule). Of a masked autoencoder the encoder is
+    taken.
     """
-    notes = []
+    notes = [] if hasattr(model, "decoder_blocks") else _take_encoder(state, model)
     weight, pos_embed = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     wanted = model.patch_embed.proj.weight.shape
     if weight is not None and weight.ndim == 2 and weight.numel() == wanted.numel():
@@ -82,11 +83,12 @@ def adapt(state: StateDict, model: nn.Module, resize: str | None) -> list[str]:
 
 
 def from_transformers(state: StateDict) -> StateDict:
-    """Either spelling of ViTModel or ViTForImageClassification, in our names; the pooler is left out."""
-    state = {name: tensor for name, tensor in state.items() if not re.match(r"(vit\.)?pooler\.", name)}
+    """Either spelling of ViTModel, ViTForImageClassification or ViTMAEForPreTraining, in our names; no pooler."""
+    decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}  # ``adapt`` drops it
+    state = {name: tensor for name, tensor in state.items() if not re.match(r"(vit\.)?pooler\.|decoder\.", name)}
     state = {n if n.startswith(("vit.", "classifier.")) else f"vit.{n}": tensor for n, tensor in state.items()}
     table = TRANSFORMERS_HUB if _is_hub(state) else TRANSFORMERS
-    return merge_qkv(rename(state, inverse(table), "our VisionTransformer"))
+    return merge_qkv(rename(state, inverse(table), "our VisionTransformer")) | decoder
 
 
 def to_transformers(state: StateDict) -> StateDict:
@@ -109,6 +111,16 @@ def from_torchvision(state: StateDict) -> StateDict:
 def to_torchvision(state: StateDict) -> StateDict:
     """Our names as ``torchvision.models.vision_transformer.VisionTransformer`` has them."""
     return rename(state, TORCHVISION, "torchvision's ViT")
+
+
+def from_deit3(state: StateDict) -> StateDict:
+    """The names of DeiT III's repository, which has LayerScale as ``gamma_1`` and ``gamma_2``, in ours."""
+    return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): tensor for name, tensor in state.items()}
+
+
+def to_deit3(state: StateDict) -> StateDict:
+    """Our names as ``vit_models`` of DeiT III's repository has them."""
+    return {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): tensor for name, tensor in state.items()}
 
 
 def transformers_config(model: nn.Module) -> dict[str, Any]:
@@ -135,6 +147,22 @@ def transformers_config(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def is_of_mae_decoder(name: str) -> bool:
+    """Whether a tensor of a masked autoencoder, in its own or in transformers' names, belongs to the decoder."""
+    return name == "mask_token" or name.startswith(("decoder_", "decoder."))
+
+
+def _take_encoder(state: StateDict, model: nn.Module) -> list[str]:
+    """Leaves out a masked autoencoder's decoder, and the norm before the pooling where the model's comes after it."""
+    decoder = [name for name in state if is_of_mae_decoder(name)]
+    pools_first = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+    norm = [name for name in state if name.startswith("norm.")] if pools_first and "fc_norm.weight" not in state else []
+    for name in decoder + norm:
+        del state[name]
+    notes = [f"left out the {len(decoder)} tensors of a masked autoencoder's decoder"] if decoder else []
+    return notes + (["left out norm; the model has fc_norm instead, after the pooling"] if norm else [])
+
+
 def _refuse(model: nn.Module) -> str | None:
     """What names alone do not show: the other libraries' ViT has one class token, with a position, and pools it."""
     if model.num_prefix_tokens != 1 or not model.has_class_token or model.no_embed_class or model.pos_embed is None:
@@ -154,6 +182,17 @@ def _refuse_torchvision(model: nn.Module) -> str | None:
     return _refuse(model)
 
 
+def _refuse_deit3(model: nn.Module) -> str | None:
+    """Its network has one class token, whose position is not learned, and LayerScale."""
+    if model.num_prefix_tokens != 1 or not model.has_class_token or not model.no_embed_class or model.pos_embed is None:
+        return "it needs one class token and positions for the patches only (no_embed_class=True)"
+    if isinstance(model.blocks[0].ls1, nn.Identity):
+        return "it needs LayerScale, the model has init_values=None"
+    if model.global_pool != "token":
+        return f"it pools the class token, the model has global_pool={model.global_pool!r}"
+    return None
+
+
 def _is_hub(names: Collection[str]) -> bool:
     return any(".attention.attention.query." in name for name in names)
 
@@ -163,7 +202,11 @@ def _is_in_memory(names: Collection[str]) -> bool:
 
 
 def _is_timm(names: Collection[str]) -> bool:
-    return "patch_embed.proj.weight" in names
+    return "patch_embed.proj.weight" in names and not _is_deit3(names)
+
+
+def _is_deit3(names: Collection[str]) -> bool:
+    return "patch_embed.proj.weight" in names and any(name.endswith(".gamma_1") for name in names)
 
 
 def _is_torchvision(names: Collection[str]) -> bool:
@@ -175,4 +218,5 @@ SPELLINGS = (
     Spelling("transformers", _is_in_memory, from_transformers, to_transformers, _refuse, transformers_config),
     Spelling("transformers_hub", _is_hub, from_transformers, to_transformers_hub, _refuse, transformers_config),
     Spelling("torchvision", _is_torchvision, from_torchvision, to_torchvision, _refuse_torchvision),
+    Spelling("deit3", _is_deit3, from_deit3, to_deit3, _refuse_deit3),
 )

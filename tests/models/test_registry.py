@@ -5,14 +5,28 @@ import pytest
 import torch
 
 import fvm_fast
-from fvm_fast.models import CLIP, MODELS, VisionTransformer, create_model, list_models
+from fvm_fast.models import MODELS, create_model, list_models
+
+# The class that names with a beginning build; the first beginning that fits counts.
+CLASSES = {
+    "beit": "Beit",
+    "clip_": "CLIP",
+    "convnext": "ConvNeXt",
+    "deit": "VisionTransformer",
+    "mae_": "MaskedAutoencoderViT",
+    "swin_": "SwinTransformer",
+    "swinv2_": "SwinTransformerV2",
+    "tiny_vit_": "TinyVit",
+    "vit_": "VisionTransformer",
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_name_builds_its_class(name):
     with torch.device("meta"):
         model = create_model(name)
-    assert isinstance(model, CLIP if name.startswith("clip_") else VisionTransformer)
+    wanted = next(cls for beginning, cls in CLASSES.items() if name.startswith(beginning))
+    assert isinstance(model, getattr(fvm_fast.models, wanted))
 
 
 def test_names_are_those_of_their_functions():
@@ -40,6 +54,7 @@ def test_arguments_reach_the_model():
         ("vit_base_patch16_225", "vit_base_patch16_224"),
         ("clip_vit_b32", "clip_vit_b_32"),
         ("vit_tiny", "vit_tiny_patch16_224"),
+        ("wit_small_patch16_224", "vit_small_patch16_224"),
     ],
 )
 def test_unknown_name_suggests_the_nearest(wrong, nearest):
@@ -55,3 +70,12 @@ def test_hopeless_name_points_to_the_list():
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="no attribute 'ResNet'"):
         fvm_fast.models.ResNet  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "name, maps", [("vit_test_patch16_64", 3), ("swin_test_patch4_window4_64", 4), ("convnext_test", 4)]
+)
+def test_features_only_gives_the_last_blocks_or_all_stages(name, maps):
+    backbone = create_model(name, features_only=True)
+    found = backbone(torch.zeros(1, 3, 64, 64))
+    assert [m.shape[1] for m in found] == backbone.feature_info.channels() and len(found) == maps

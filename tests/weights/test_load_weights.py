@@ -100,7 +100,7 @@ def test_a_training_checkpoint_with_several_networks_names_them(state):
 
 
 def test_unknown_models_and_spellings():
-    with pytest.raises(ValueError, match="should be one of CLIP, VisionTransformer, got Linear"):
+    with pytest.raises(ValueError, match="should be one of .*CLIP, .*VisionTransformer.*, got Linear"):
         load_weights(nn.Linear(2, 2), {})
     with pytest.raises(ValueError, match="to should be one of timm, .* got 'keras'"):
         export_weights(model(), to="keras")

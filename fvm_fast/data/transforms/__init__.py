@@ -5,6 +5,7 @@ from fvm_fast.data.transforms.base import Compose, Normalize, ToFloat, Transform
 from fvm_fast.data.transforms.blur import GaussianBlur
 from fvm_fast.data.transforms.color import ColorJitter, Composite, RandomGrayscale
 from fvm_fast.data.transforms.geometry import CenterResize, Place, RandomAffine, RandomHorizontalFlip, RandomResizedCrop
+from fvm_fast.data.transforms.mixup import Mixup
 from fvm_fast.data.transforms.presets import Aligned, Anywhere, clip_train
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Compose",
     "Composite",
     "GaussianBlur",
+    "Mixup",
     "Normalize",
     "Place",
     "RandomAffine",

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models trained with the help of a teacher."""
