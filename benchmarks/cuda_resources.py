@@ -29,6 +29,7 @@ TABLE = ROOT / "cuda" / "RESOURCES.csv"
 # Bytes of dynamic shared memory that a typical launch asks for, by kernel; the machine code does not tell them. The
 # first pattern that matches the whole name counts.
 DYNAMIC_SHARED = {
+    r"(embed|image_gradient|weight_gradient)<.*>": 32 << 10,
     r"invert_index": 8 * 197,  # the patches of a ViT at 224 px
 }
 

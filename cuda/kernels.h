@@ -38,11 +38,33 @@ template <class Kernel> struct OnDevice;
 template <class R, class... A> struct OnDevice<R (*)(A...)> : TwinOf<void(), A...> {};
 
 // The kernels that have a twin. A family joins with its .cu file, here and in FVM_CUDA_OPS of CMakeLists.txt.
-#define FVM_CUDA_KERNELS(X) \
-  X(gather_tokens_fwd)      \
-  X(gather_tokens_bwd)      \
-  X(restore_tokens_fwd)     \
-  X(restore_tokens_bwd)
+#define FVM_CUDA_KERNELS(X)         \
+  X(clip_loss_fwd_workspace)        \
+  X(clip_loss_fwd)                  \
+  X(clip_loss_bwd_workspace)        \
+  X(clip_loss_bwd)                  \
+  X(info_nce_loss_fwd_workspace)    \
+  X(info_nce_loss_fwd)              \
+  X(info_nce_loss_bwd_workspace)    \
+  X(info_nce_loss_bwd)              \
+  X(nt_xent_loss_fwd_workspace)     \
+  X(nt_xent_loss_fwd)               \
+  X(nt_xent_loss_bwd_workspace)     \
+  X(nt_xent_loss_bwd)               \
+  X(siglip_loss_workspace)          \
+  X(siglip_loss)                    \
+  X(patch_embed_fwd_workspace)      \
+  X(patch_embed_fwd)                \
+  X(patch_embed_bwd_workspace)      \
+  X(patch_embed_bwd)                \
+  X(gather_tokens_fwd)              \
+  X(gather_tokens_bwd)              \
+  X(restore_tokens_fwd)             \
+  X(restore_tokens_bwd)             \
+  X(window_attention_fwd_workspace) \
+  X(window_attention_fwd)           \
+  X(window_attention_bwd_workspace) \
+  X(window_attention_bwd)
 
 // C names cannot be overloaded: a definition of another type than this one does not compile.
 extern "C" {
