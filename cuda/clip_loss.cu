@@ -15,7 +15,8 @@ template <class T> struct ClipForward {
   double* target_sums;  // [tiles]
   int64_t tiles;
 
-  ClipForward(Arena& arena, int64_t n, int64_t m, int64_t teacher_D, double scale, double teacher_scale)
+  ClipForward(Workspace& arena, int64_t n, int64_t m, int64_t teacher_D, const double* scale,
+              const double* teacher_scale)
       : chunk(rows_of_chunk(n, LogSums<A>::bytes_of_tile(m) + ClipTargets<A>::dense_bytes_of_tile(m, teacher_D))),
         targets(arena, n, m, scale, teacher_scale),
         sums(arena, chunk, m, true),
@@ -29,12 +30,13 @@ template <class T> struct ClipForward {
 template <class A>
 __global__ void __launch_bounds__(kTileThreads)
     finish_clip_loss(const double* __restrict__ lse, Side<A> row, Side<A> column,
-                     const double* __restrict__ target_sums, int64_t tiles, double scale, double* target_sum, A* loss) {
+                     const double* __restrict__ target_sums, int64_t tiles, const double* scale, double* target_sum,
+                     A* loss) {
   auto weighted = [&](const Side<A>& side, const double* lse) {
     return sum_over(side.n,
                     [&](int64_t i) { return lse[i] * (side.targets ? side.targets[i] : 0.5 / double(side.n)); });
   };
-  const double sum = scale * sum_over(tiles, [&](int64_t t) { return target_sums[t]; });
+  const double sum = double(Scale<A>(scale).size) * sum_over(tiles, [&](int64_t t) { return target_sums[t]; });
   if (target_sum && threadIdx.x == 0) *target_sum = sum;
   if (!loss) return;
   const double of_rows = weighted(row, lse), of_columns = weighted(column, lse + row.n);
@@ -47,7 +49,6 @@ cudaError_t clip_forward(const ClipInputs<T>& in, ClipForward<T>& f, double* lse
   using A = Acc<T>;
   const int64_t n = in.x.rows, m = in.y.rows;
   ClipTargets<A>& targets = f.targets;
-  const A scale = targets.scale.size;
   set_options(targets, in);
   FVM_TRY(fill(targets.row, nullptr, targets.scale, targets.teacher_scale, stream));
   FVM_TRY(fill(targets.column, nullptr, targets.scale, targets.teacher_scale, stream));
@@ -56,34 +57,34 @@ cudaError_t clip_forward(const ClipInputs<T>& in, ClipForward<T>& f, double* lse
     FVM_TRY(ask_teacher(targets, in, chunk, stream));
     FVM_TRY(FVM_LAUNCH((log_sums<T, ClipTargets<A>>), chunk.blocks(), kTileThreads, kTileShared, stream, in.pairs(),
                        chunk, targets, f.sums, f.target_sums + first / kTile * chunk.column_tiles));
-    FVM_TRY(merge_rows(f.sums, chunk, lse, Parts::all, false, scale, stream));
-    FVM_TRY(merge_columns(f.sums, chunk, lse + n, 0, Parts::all, first > 0, scale, stream));
+    FVM_TRY(merge_rows(f.sums, chunk, lse, Parts::all, false, targets.scale, stream));
+    FVM_TRY(merge_columns(f.sums, chunk, lse + n, 0, Parts::all, first > 0, targets.scale, stream));
   }
   if (!target_sum && !loss) return cudaSuccess;
   return FVM_LAUNCH(finish_clip_loss<A>, 1, kTileThreads, 0, stream, lse, targets.row, targets.column, f.target_sums,
-                    f.tiles, double(scale), target_sum, loss);
+                    f.tiles, targets.scale, target_sum, loss);
 }
 
 }  // namespace
 
 int64_t clip_loss_fwd_workspace(int64_t n, int64_t m, int64_t D, int64_t teacher_D, Dtype dtype) {
   static_cast<void>(D);
-  Arena arena(nullptr);
+  Workspace arena(nullptr);
   with_dtype(dtype, [&](auto zero) {
-    ClipForward<decltype(zero)>(arena, n, m, teacher_D, 1, 1);
+    ClipForward<decltype(zero)>(arena, n, m, teacher_D, nullptr, nullptr);
     return cudaSuccess;
   });
   return arena.bytes();
 }
 
-// `kept` stays as it is: tensor cores make the similarities again in less time than memory would bring them.
+// Nothing is kept for the backward: tensor cores make the similarities again in less time than memory would bring them.
 cudaError_t clip_loss_fwd(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
                           Maybe<const double> row_targets, Maybe<const double> col_targets, Maybe<const void> teacher_x,
                           Maybe<const void> teacher_y, double* lse, Maybe<double> target_sum, Maybe<void> loss,
-                          Maybe<void> kept, void* workspace, double scale, double teacher_scale, double teacher_weight,
-                          double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D,
-                          int64_t teacher_D, int64_t kept_size, Dtype dtype, Launch launch) {
-  static_cast<void>(kept), static_cast<void>(kept_size);
+                          Maybe<void> kept, void* workspace, const double* scale, const double* teacher_scale,
+                          double teacher_weight, double row_smoothing, double col_smoothing, int64_t n, int64_t m,
+                          int64_t D, int64_t teacher_D, int64_t kept_size, Dtype dtype, Launch launch) {
+  if (kept || kept_size) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const ClipInputs<T> in{{static_cast<const T*>(x), n, D},
@@ -100,7 +101,7 @@ cudaError_t clip_loss_fwd(const void* x, const void* y, Maybe<const int32_t> row
                            col_ids.p,
                            row_targets.p,
                            col_targets.p};
-    Arena arena(workspace);
+    Workspace arena(workspace);
     ClipForward<T> forward(arena, n, m, teacher_D, scale, teacher_scale);
     return clip_forward(in, forward, lse, target_sum.p, static_cast<Acc<T>*>(loss.p), launch.stream);
   });

@@ -13,7 +13,7 @@ template <class A> struct Side {
   const double* targets;  // [3, n] or null: one positive each, `single` of its term
   double single;
 
-  Side(Arena& arena, int64_t n) : n(n), padded(round_up(n, kTile)) {
+  Side(Workspace& arena, int64_t n) : n(n), padded(round_up(n, kTile)) {
     for (A** array : {&weight, &ref, &rest, &teacher_ref, &teacher_rest}) *array = arena.take<A>(padded);
   }
   __device__ __forceinline__ int32_t id(int64_t i) const { return ids ? ids[i] : int32_t(i); }
@@ -24,20 +24,21 @@ namespace {
 
 template <class A>
 __global__ void __launch_bounds__(kTileThreads)
-    fill_side(Side<A> side, const double* __restrict__ lse, Scale<A> scale, Scale<A> teacher_scale) {
+    fill_side(Side<A> side, const double* __restrict__ lse, const double* scale, const double* teacher_scale) {
   const int64_t i = int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
   if (i >= side.padded) return;
   const bool inside = i < side.n;
   const double single = 0.5 / double(side.n);
   side.weight[i] = inside ? A(side.targets ? side.targets[i] : single) : 0;
-  const Lse<A> own(inside && lse ? lse[i] : 0, scale);
-  const Lse<A> teacher(inside && side.targets ? side.targets[2 * side.n + i] : 0, teacher_scale);
+  const Lse<A> own(inside && lse ? lse[i] : 0, Scale<A>(scale));
+  const Lse<A> teacher(inside && side.targets ? side.targets[2 * side.n + i] : 0, Scale<A>(teacher_scale));
   side.ref[i] = own.ref, side.rest[i] = own.rest;
   side.teacher_ref[i] = teacher.ref, side.teacher_rest[i] = teacher.rest;
 }
 
 template <class A>
-cudaError_t fill(const Side<A>& side, const double* lse, Scale<A> scale, Scale<A> teacher_scale, cudaStream_t stream) {
+cudaError_t fill(const Side<A>& side, const double* lse, const double* scale, const double* teacher_scale,
+                 cudaStream_t stream) {
   return FVM_LAUNCH(fill_side<A>, ceil_div<int64_t>(side.padded, kTileThreads), kTileThreads, 0, stream, side, lse,
                     scale, teacher_scale);
 }
@@ -49,10 +50,10 @@ template <class A> struct ClipTargets {
   Side<A> row, column;
   A* dense;  // [chunk, pitch]: with a teacher, what every pair of the chunk's rows has as target; else null
   int64_t dense_first, pitch;
-  Scale<A> scale, teacher_scale;
+  const double *scale, *teacher_scale;
   A teacher_weight, row_smoothing, col_smoothing;
 
-  ClipTargets(Arena& arena, int64_t n, int64_t m, double scale, double teacher_scale)
+  ClipTargets(Workspace& arena, int64_t n, int64_t m, const double* scale, const double* teacher_scale)
       : row(arena, n),
         column(arena, m),
         dense(nullptr),
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(kTileThreads) make_targets(ClipTargets<A> t, i
   const int64_t e = int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
   if (e >= rows * t.pitch) return;
   const int64_t i = t.dense_first + e / t.pitch, j = e % t.pitch;
-  const A scale = t.teacher_scale.size, u = t.dense[e] * t.teacher_scale.sign;
+  const Scale<A> of_teacher(t.teacher_scale);
+  const A scale = of_teacher.size, u = t.dense[e] * of_teacher.sign;
   const A by_row = probability(u, scale, t.row.teacher_ref[i], t.row.teacher_rest[i]);
   const A by_column = probability(u, scale, t.column.teacher_ref[j], t.column.teacher_rest[j]);
   t.dense[e] = t.row.weight[i] * (t.row_smoothing + t.teacher_weight * by_row) +
@@ -134,7 +136,8 @@ template <class T> struct ClipInputs {
   Features<T> x, y;
   const T *teacher_x, *teacher_y;
   int64_t teacher_D;
-  double scale, teacher_scale, teacher_weight, row_smoothing, col_smoothing;
+  const double *scale, *teacher_scale;
+  double teacher_weight, row_smoothing, col_smoothing;
   const int32_t *row_ids, *col_ids;
   const double *row_targets, *col_targets;
 

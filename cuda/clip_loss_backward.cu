@@ -16,17 +16,19 @@ template <class A> struct ClipGradient : ClipTargets<A> {
   struct Columns {
     typename ClipTargets<A>::Columns base;
     Pack<A, N> ref, rest;
+    Scale<A> scale;
   };
   __device__ __forceinline__ A bigger() const { return bounds[0]; }
   __device__ __forceinline__ Columns columns(int64_t j) const {
-    return {ClipTargets<A>::columns(j), load<N>(this->column.ref + j), load<N>(this->column.rest + j)};
+    return {ClipTargets<A>::columns(j), load<N>(this->column.ref + j), load<N>(this->column.rest + j),
+            Scale<A>(this->scale)};
   }
   __device__ __forceinline__ void gradient(const Columns& of, int64_t i, int64_t j, const A (&similarity)[N], A (&g)[N],
                                            A* sums) const {
-    const A scale = this->scale.size, weight = this->row.weight[i], ref = this->row.ref[i], rest = this->row.rest[i];
+    const A scale = of.scale.size, weight = this->row.weight[i], ref = this->row.ref[i], rest = this->row.rest[i];
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const A u = similarity[k] * this->scale.sign;
+      const A u = similarity[k] * of.scale.sign;
       g[k] = weight * probability(u, scale, ref, rest) +
              of.base.weight.at[k] * probability(u, scale, of.ref.at[k], of.rest.at[k]);
     }
@@ -68,8 +70,8 @@ template <class T> struct ClipBackward {
   GradientSpace<T> space;
   ClipGradient<A> gradient;
 
-  ClipBackward(Arena& arena, int64_t n, int64_t m, int64_t D, int64_t teacher_D, bool want_x, bool want_y, double scale,
-               double teacher_scale)
+  ClipBackward(Workspace& arena, int64_t n, int64_t m, int64_t D, int64_t teacher_D, bool want_x, bool want_y,
+               const double* scale, const double* teacher_scale)
       : space(arena, n, m, D, want_x, want_y, ClipTargets<A>::dense_bytes_of_tile(m, teacher_D)),
         gradient(arena, n, m, scale, teacher_scale) {
     gradient.dense = teacher_D ? arena.take<A>(space.chunk * gradient.pitch) : nullptr;
@@ -78,8 +80,8 @@ template <class T> struct ClipBackward {
 };
 
 template <class T>
-cudaError_t clip_backward(const ClipInputs<T>& in, ClipBackward<T>& b, const double* lse, double dloss, Acc<T>* dx,
-                          Acc<T>* dy, Acc<T>* dscale, cudaStream_t stream) {
+cudaError_t clip_backward(const ClipInputs<T>& in, ClipBackward<T>& b, const double* lse, const double* dloss,
+                          Acc<T>* dx, Acc<T>* dy, Acc<T>* dscale, cudaStream_t stream) {
   using A = Acc<T>;
   ClipGradient<A>& gradient = b.gradient;
   const Side<A>&row = gradient.row, &column = gradient.column;
@@ -87,21 +89,21 @@ cudaError_t clip_backward(const ClipInputs<T>& in, ClipBackward<T>& b, const dou
   FVM_TRY(fill(row, lse, gradient.scale, gradient.teacher_scale, stream));
   FVM_TRY(fill(column, lse + in.x.rows, gradient.scale, gradient.teacher_scale, stream));
   FVM_TRY(FVM_LAUNCH(bound_gradient<A>, 1, kTileThreads, 0, stream, row, column, kBigger<T>, gradient.bounds));
-  const Wanted<T> want{dx, dy, in.scale * dloss, gradient.bounds + 1};
+  const Wanted<T> want{dx, dy, {1, in.scale, dloss}, gradient.bounds + 1};
   FVM_TRY(pair_gradients(in.pairs(), b.space, gradient, want, stream, [&](const Chunk& chunk, ClipGradient<A>& loss) {
     return ask_teacher(loss, in, chunk, stream);
   }));
   return FVM_LAUNCH(add_totals<A>, 1, kTileThreads, 0, stream, b.space.sums, b.space.tiles,
-                    Totals<A>{{dscale}, {dloss}});
+                    Totals<A>{{dscale}, {{1, dloss}}});
 }
 
 }  // namespace
 
 int64_t clip_loss_bwd_workspace(int64_t n, int64_t m, int64_t D, int64_t teacher_D, bool want_x, bool want_y,
                                 Dtype dtype) {
-  Arena arena(nullptr);
+  Workspace arena(nullptr);
   with_dtype(dtype, [&](auto zero) {
-    ClipBackward<decltype(zero)>(arena, n, m, D, teacher_D, want_x, want_y, 1, 1);
+    ClipBackward<decltype(zero)>(arena, n, m, D, teacher_D, want_x, want_y, nullptr, nullptr);
     return cudaSuccess;
   });
   return arena.bytes();
@@ -110,11 +112,11 @@ int64_t clip_loss_bwd_workspace(int64_t n, int64_t m, int64_t D, int64_t teacher
 cudaError_t clip_loss_bwd(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
                           Maybe<const double> row_targets, Maybe<const double> col_targets, Maybe<const void> teacher_x,
                           Maybe<const void> teacher_y, const double* lse, Maybe<const void> kept, Maybe<void> dx,
-                          Maybe<void> dy, void* dscale, void* workspace, double scale, double dloss,
-                          double teacher_scale, double teacher_weight, double row_smoothing, double col_smoothing,
-                          int64_t n, int64_t m, int64_t D, int64_t teacher_D, int64_t kept_size, Dtype dtype,
-                          Launch launch) {
-  static_cast<void>(kept), static_cast<void>(kept_size);
+                          Maybe<void> dy, void* dscale, void* workspace, const double* scale, const double* dloss,
+                          const double* teacher_scale, double teacher_weight, double row_smoothing,
+                          double col_smoothing, int64_t n, int64_t m, int64_t D, int64_t teacher_D, int64_t kept_size,
+                          Dtype dtype, Launch launch) {
+  if (kept || kept_size) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
@@ -132,7 +134,7 @@ cudaError_t clip_loss_bwd(const void* x, const void* y, Maybe<const int32_t> row
                            col_ids.p,
                            row_targets.p,
                            col_targets.p};
-    Arena arena(workspace);
+    Workspace arena(workspace);
     ClipBackward<T> backward(arena, n, m, D, teacher_D, bool(dx), bool(dy), scale, teacher_scale);
     return clip_backward(in, backward, lse, dloss, static_cast<A*>(dx.p), static_cast<A*>(dy.p),
                          static_cast<A*>(dscale), launch.stream);

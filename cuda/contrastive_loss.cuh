@@ -3,34 +3,14 @@
 // float and double) and used on their way out of the registers; a chunk of rows at a time, so that workspaces stay of
 // bounded size. Formulas are those of csrc/<loss>.
 #pragma once
-#include "patch_tile.cuh"
+#include "product_tile.cuh"
+#include "workspace.cuh"
 
 #ifndef FVM_CHUNK_BYTES  // tests make it small
 #define FVM_CHUNK_BYTES (int64_t(128) << 20)
 #endif
 
 namespace fvm::cuda {
-
-// ---- one block of memory cut into arrays; started from null it tells how large the block has to be
-
-class Arena {
- public:
-  explicit Arena(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), at_(begin_) {}
-
-  template <class T> T* take(int64_t n) {
-    T* array = reinterpret_cast<T*>(at_);
-    at_ += (uintptr_t(n) * sizeof(T) + 255) / 256 * 256;
-    return array;
-  }
-  int64_t bytes() const { return int64_t(at_ - begin_); }
-
- private:
-  uintptr_t begin_, at_;
-};
-
-__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-__host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-__host__ __device__ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- operands: rows of features as they lie
 
@@ -134,23 +114,6 @@ template <class A> struct Lanes {
   static __device__ __forceinline__ int group() { return threadIdx.x / kAcross; }
 };
 
-// f(row, column, sums) for what this thread meets of a tile, as for_each_pack; rows kUnroll at a time, for want of
-// registers. All threads call.
-template <int kUnroll, class Sums, class F> __device__ __forceinline__ void for_each_row(const Sums& tile, F&& f) {
-  using S = typename Sums::Sum;
-  using L = Lanes<S>;
-  S* stage = dynamic_shared<S>();
-  auto place = [](int s, int column) { return s * kTile + (column ^ s * Sums::kStageSwap % 32); };
-#pragma unroll 1
-  for (int pass = 0; pass < kTile / Sums::kStageRows; pass++) {
-    __syncthreads();
-    tile.write_stage(stage, pass, place);
-    __syncthreads();
-#pragma unroll kUnroll
-    for (int s = L::group(); s < Sums::kStageRows; s += L::kGroups)
-      f(Sums::row_of_stage(pass, s), L::column(), load<L::N>(stage + place(s, L::column())));
-  }
-}
 template <class A> constexpr int kRowsAtOnce = sizeof(A) == 8 ? 1 : 2;
 
 template <class T> using SimilarityTile = Tile<T, Layout::step_inside, Layout::step_inside>;
@@ -175,11 +138,19 @@ __device__ __forceinline__ double logarithm1p(double x) { return ::log1p(x); }
 // that changes no logit but still separates the padding from them.
 template <class A> struct Scale {
   A size, sign;
-  __host__ __device__ explicit Scale(double scale) : size(A(magnitude(scale))), sign(scale < 0 ? -1 : 1) {}
-  static __host__ __device__ double magnitude(double scale) {
+  __device__ __forceinline__ explicit Scale(const double* scale)
+      : size(A(magnitude(*scale))), sign(*scale < 0 ? -1 : 1) {}
+  static __device__ __forceinline__ double magnitude(double scale) {
     const double size = scale < 0 ? -scale : scale;
     return size < 1e-30 ? 1e-30 : size;
   }
+};
+
+// A number times those that only the device knows: scales, and the gradient of the loss.
+struct Factor {
+  double number = 1;
+  const double *first = nullptr, *second = nullptr;
+  __device__ __forceinline__ double value() const { return number * (first ? *first : 1.0) * (second ? *second : 1.0); }
 };
 
 // lse = scale * ref + rest: exp(S - lse) = exp(scale * (similarity - ref) - rest) loses nothing to the size of S
@@ -196,7 +167,7 @@ template <class A> __device__ __forceinline__ A probability(A similarity, A scal
 template <class A> struct LsePairs {
   int64_t n, padded;
   A *ref, *rest;
-  LsePairs(Arena& arena, int64_t n)
+  LsePairs(Workspace& arena, int64_t n)
       : n(n), padded(round_up(n, kTile)), ref(arena.take<A>(padded)), rest(arena.take<A>(padded)) {}
 };
 
@@ -235,15 +206,15 @@ namespace {
 
 template <class A>
 __global__ void __launch_bounds__(kTileThreads)
-    split_lse(const double* __restrict__ lse, LsePairs<A> to, Scale<A> scale) {
+    split_lse(const double* __restrict__ lse, LsePairs<A> to, const double* scale) {
   const int64_t i = int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
   if (i >= to.padded) return;
-  const Lse<A> of(i < to.n ? lse[i] : 0, scale);
+  const Lse<A> of(i < to.n ? lse[i] : 0, Scale<A>(scale));
   to.ref[i] = of.ref, to.rest[i] = of.rest;
 }
 
 template <class A>
-cudaError_t split(const double* lse, const LsePairs<A>& to, Scale<A> scale, cudaStream_t stream) {
+cudaError_t split(const double* lse, const LsePairs<A>& to, const double* scale, cudaStream_t stream) {
   return FVM_LAUNCH(split_lse<A>, ceil_div<int64_t>(to.padded, kTileThreads), kTileThreads, 0, stream, lse, to, scale);
 }
 

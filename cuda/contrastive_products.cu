@@ -15,7 +15,7 @@ constexpr int64_t kTermsOfPart = FVM_TERMS_OF_PART, kBlocks = 256;  // cut as lo
 template <class A> struct Product {
   A* out;  // [parts, rows, pitch]
   int64_t rows, columns, pitch, terms, terms_of_part = 0;
-  A factor = 1;
+  Factor factor = {};
   const A* unscale = nullptr;
   bool add = false, packed = false, triangle = false;
   int64_t row_tiles = 0, column_tiles = 0;
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   if (p.triangle && kA == Layout::step_outside) end = smaller(end, row + kTile);
   Tile<T, kA, kB> tile;
   multiply_features<T, kA, kB>(tile, a, b, row, column, begin, end);
-  const A factor = p.unscale ? p.factor * *p.unscale : p.factor;
-  for_each_row<1>(tile, [&](int r, int c, Pack<A, N> sum) {
+  const A number = A(p.factor.value()), factor = p.unscale ? number * *p.unscale : number;
+  for_each_pack<1>(tile, [&](int r, int c, Pack<A, N> sum) {
     const int64_t i = row + r, j = column + c;
     if (i >= p.rows || j >= p.columns) return;
     A* at = p.out + (part * p.rows + i) * p.pitch + j;
@@ -101,7 +101,7 @@ cudaError_t multiply_by_y(const Gradient<T>& g, const T* y, int64_t D, Acc<T>* d
                           cudaStream_t stream) {
   const int64_t parts = parts_of(g.rows, g.m, D);
   Product<Acc<T>> p = {parts > 1 ? partials : dx, g.rows, D, D, g.m};
-  p.factor = Acc<T>(g.factor), p.unscale = g.unscale, p.add = add && parts == 1, p.triangle = g.triangle;
+  p.factor = g.factor, p.unscale = g.unscale, p.add = add && parts == 1, p.triangle = g.triangle;
   const Features<T> of_g(g.values, g.rows, round_up(g.m, kChunk<T>), g.pitch);
   FVM_TRY((run<Layout::step_inside, Layout::step_outside>(of_g, Features<T>(y, g.m, D), p, parts, stream)));
   if (parts == 1) return cudaSuccess;
@@ -112,7 +112,7 @@ cudaError_t multiply_by_y(const Gradient<T>& g, const T* y, int64_t D, Acc<T>* d
 template <class T>
 cudaError_t multiply_by_x(const Gradient<T>& g, const T* x, int64_t D, Acc<T>* dy, bool add, cudaStream_t stream) {
   Product<Acc<T>> p = {dy, g.m, D, D, g.rows};
-  p.factor = Acc<T>(g.factor), p.unscale = g.unscale, p.add = add, p.triangle = g.triangle;
+  p.factor = g.factor, p.unscale = g.unscale, p.add = add, p.triangle = g.triangle;
   const Features<T> of_g(g.values, g.rows, round_up(g.m, kChunk<T>), g.pitch);
   return run<Layout::step_outside, Layout::step_outside>(of_g, Features<T>(x, g.rows, D), p, 1, stream);
 }

@@ -11,7 +11,7 @@ namespace fvm::cuda {
 template <class T> struct Gradient {
   const T* values;
   int64_t rows, m, pitch;
-  double factor;
+  Factor factor;
   const Acc<T>* unscale;
   bool triangle;  // of a square matrix, rows from its diagonal on: what is left of the diagonal's tile is not read
 };

@@ -17,7 +17,7 @@ namespace {
 
 template <class A> struct Queue {
   static constexpr int N = kChunk<A>;
-  Scale<A> scale;
+  const double* scale;
   int64_t n, K;
 
   struct Columns {};
@@ -33,18 +33,21 @@ template <class T> struct Probabilities {
   using A = Acc<T>;
   static constexpr int N = kChunk<A>, kSums = 0;
   LsePairs<A> lse;
-  Scale<A> scale;
+  const double* scale;
   int64_t K;
   Ids ids = {};
   const double* share = nullptr;  // [n]; null: no key is a positive one
 
-  Probabilities(Arena& arena, int64_t n, int64_t K, double scale) : lse(arena, n), scale(scale), K(K) {}
+  Probabilities(Workspace& arena, int64_t n, int64_t K, const double* scale) : lse(arena, n), scale(scale), K(K) {}
 
-  struct Columns { int32_t id[N]; };
+  struct Columns {
+    int32_t id[N];
+    Scale<A> scale;
+  };
   __device__ __forceinline__ bool skips(int64_t, int64_t) const { return false; }
   __device__ __forceinline__ A bigger() const { return kBigger<T>; }
   __device__ __forceinline__ Columns columns(int64_t j) const {
-    Columns of;
+    Columns of{{}, Scale<A>(scale)};
 #pragma unroll
     for (int k = 0; k < N; k++) of.id[k] = share && j + k < K ? ids.column(j + k) : -1;
     return of;
@@ -55,7 +58,7 @@ template <class T> struct Probabilities {
     const int32_t id = share ? ids.row(i) : -2;
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      g[k] = probability(similarity[k] * scale.sign, scale.size, ref, rest);
+      g[k] = probability(similarity[k] * of.scale.sign, of.scale.size, ref, rest);
       if (id == of.id[k]) g[k] -= part;
     }
   }
@@ -69,7 +72,7 @@ template <class T> struct Finish {
   const double* lse;          // [n]: over the keys
   double* stats;              // [3, n]
   A* pull;                    // [n, D]: the mean of the keys, or null
-  double scale;
+  const double* scale;
   int64_t n, D;
 };
 
@@ -82,7 +85,7 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) finish_querie
     double similarity = 0;
     for (int64_t d = lane(); d < f.D; d += kWarp)
       similarity += double(widen(f.query[i * f.D + d])) * double(widen(f.positive[i * f.D + d]));
-    const double own = f.scale * warp_sum(similarity), ahead = own - lse;
+    const double own = *f.scale * warp_sum(similarity), ahead = own - lse;
     const double odds = ::exp(-ahead);  // of all others against the positive key
     miss = 1 / (1 + 1 / odds);
     loss = ahead > -600 ? ::log1p(odds) : -ahead;
@@ -111,7 +114,7 @@ template <class T> struct InfoNceForward {
   Probabilities<T> probabilities;
   GradientSpace<T> space;
 
-  InfoNceForward(Arena& arena, int64_t n, int64_t K, int64_t D, bool want_pull, double scale)
+  InfoNceForward(Workspace& arena, int64_t n, int64_t K, int64_t D, bool want_pull, const double* scale)
       : chunk(rows_of_chunk(n, LogSums<A>::bytes_of_tile(K))),
         sums(arena, chunk, K, false),
         lse(arena.take<double>(n)),
@@ -129,11 +132,11 @@ cudaError_t info_nce_forward(const Pairs<T>& pairs, const InfoNceForward<T>& f, 
     const Chunk chunk(first, f.chunk, n, p.K);
     FVM_TRY(FVM_LAUNCH((log_sums<T, Queue<A>>), chunk.blocks(), kTileThreads, kTileShared, stream, pairs, chunk,
                        Queue<A>{p.scale, n, p.K}, f.sums, nullptr));
-    FVM_TRY(merge_rows(f.sums, chunk, f.lse, Parts::all, false, p.scale.size, stream));
+    FVM_TRY(merge_rows(f.sums, chunk, f.lse, Parts::all, false, p.scale, stream));
   }
   if (finish.pull) {
     FVM_TRY(split(f.lse, p.lse, p.scale, stream));
-    const Wanted<T> want{finish.pull, nullptr, 1.0 / kBigger<T>, nullptr};
+    const Wanted<T> want{finish.pull, nullptr, {1.0 / kBigger<T>}, nullptr};
     FVM_TRY(
         pair_gradients(pairs, f.space, p, want, stream, [](const Chunk&, Probabilities<T>&) { return cudaSuccess; }));
   }
@@ -144,21 +147,21 @@ cudaError_t info_nce_forward(const Pairs<T>& pairs, const InfoNceForward<T>& f, 
 }  // namespace
 
 int64_t info_nce_loss_fwd_workspace(int64_t n, int64_t K, int64_t D, bool want_pull, Dtype dtype) {
-  Arena arena(nullptr);
+  Workspace arena(nullptr);
   with_dtype(dtype, [&](auto zero) {
-    InfoNceForward<decltype(zero)>(arena, n, K, D, want_pull, 1);
+    InfoNceForward<decltype(zero)>(arena, n, K, D, want_pull, nullptr);
     return cudaSuccess;
   });
   return arena.bytes();
 }
 
 cudaError_t info_nce_loss_fwd(const void* query, Maybe<const void> positive, Maybe<const void> keys, double* stats,
-                              void* loss, Maybe<void> pull, void* workspace, double scale, int64_t n, int64_t K,
+                              void* loss, Maybe<void> pull, void* workspace, const double* scale, int64_t n, int64_t K,
                               int64_t D, Dtype dtype, Launch launch) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Arena arena(workspace);
+    Workspace arena(workspace);
     const InfoNceForward<T> forward(arena, n, K, D, bool(pull), scale);
     const T* of_queries = static_cast<const T*>(query);
     const Pairs<T> pairs{{of_queries, n, D}, {static_cast<const T*>(keys.p), K, D}};
@@ -169,11 +172,11 @@ cudaError_t info_nce_loss_fwd(const void* query, Maybe<const void> positive, May
 }
 
 int64_t info_nce_loss_bwd_workspace(int64_t n, int64_t K, int64_t D, Dtype dtype) {
-  Arena arena(nullptr);
+  Workspace arena(nullptr);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     GradientSpace<T>(arena, n, K, D, false, true);
-    Probabilities<T>(arena, n, K, 1);
+    Probabilities<T>(arena, n, K, nullptr);
     return cudaSuccess;
   });
   return arena.bytes();
@@ -181,16 +184,16 @@ int64_t info_nce_loss_bwd_workspace(int64_t n, int64_t K, int64_t D, Dtype dtype
 
 cudaError_t info_nce_loss_bwd(const void* query, const void* keys, Maybe<const int32_t> row_ids,
                               Maybe<const int32_t> key_ids, const double* lse, Maybe<const double> share, void* dkeys,
-                              void* workspace, double scale, double dloss, int64_t n, int64_t K, int64_t D, Dtype dtype,
-                              Launch launch) {
+                              void* workspace, const double* scale, const double* dloss, int64_t n, int64_t K,
+                              int64_t D, Dtype dtype, Launch launch) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Arena arena(workspace);
+    Workspace arena(workspace);
     const GradientSpace<T> space(arena, n, K, D, false, true);
     Probabilities<T> gradient(arena, n, K, scale);
     gradient.ids = {row_ids.p, key_ids.p}, gradient.share = share.p;
     const Pairs<T> pairs{{static_cast<const T*>(query), n, D}, {static_cast<const T*>(keys), K, D}};
-    const Wanted<T> want{nullptr, static_cast<Acc<T>*>(dkeys), scale * dloss / double(n) / kBigger<T>, nullptr};
+    const Wanted<T> want{nullptr, static_cast<Acc<T>*>(dkeys), {1.0 / double(n) / kBigger<T>, scale, dloss}, nullptr};
     FVM_TRY(split(lse, gradient.lse, gradient.scale, launch.stream));
     return pair_gradients(pairs, space, gradient, want, launch.stream,
                           [](const Chunk&, Probabilities<T>&) { return cudaSuccess; });

@@ -13,7 +13,7 @@ template <class A> struct LogSums {
   A *col_ref, *col_sum;  // null where columns are not wanted
   int64_t row_pitch, parts, m;
 
-  LogSums(Arena& arena, int64_t chunk_rows, int64_t m, bool want_columns)
+  LogSums(Workspace& arena, int64_t chunk_rows, int64_t m, bool want_columns)
       : row_pitch(chunk_rows), parts(ceil_div<int64_t>(m, Lanes<A>::kWide)), m(m) {
     row_ref = arena.take<A>(parts * row_pitch), row_sum = arena.take<A>(parts * row_pitch);
     const int64_t tiles = chunk_rows / kTile;
@@ -70,15 +70,16 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     if (target_sums && threadIdx.x == 0) target_sums[blockIdx.x] = 0;
     return;
   }
-  const A scale = loss.scale.size, sign = loss.scale.sign;
   SimilarityTile<T> tile;
   make_similarities(tile, pairs, row, column);
+  const Scale<A> of_logits(loss.scale);
+  const A scale = of_logits.size, sign = of_logits.sign;
   const auto columns = loss.columns(column + L::column());
   A col_ref[N], col_sum[N] = {}, dense = 0;
 #pragma unroll
   for (int k = 0; k < N; k++) col_ref[k] = kLowest<A>;
   double target[1] = {};
-  for_each_row<2>(tile, [&](int r, int c, Pack<A, N> u) {
+  for_each_pack<2>(tile, [&](int r, int c, Pack<A, N> u) {
     const int64_t i = row + r, j = column + c;
     A high = kLowest<A>, sum = 0;
 #pragma unroll
@@ -143,20 +144,21 @@ template <class A>
 __global__ void __launch_bounds__(kTileThreads)
     merge_log_sums(const A* __restrict__ ref, const A* __restrict__ sum, double* __restrict__ lse, int64_t first,
                    int64_t lines, int64_t pitch, int64_t parts, int64_t part_size, int64_t part_first, Parts which,
-                   bool add, A scale) {
+                   bool add, const double* scale) {
   const int64_t i = int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
   if (i >= lines) return;
   const int64_t own = (first + i) / kTile * kTile;  // the first line of its tile
   const int64_t begin = which == Parts::from_own ? own / part_size : 0;
   const int64_t end = which == Parts::to_own ? smaller(parts, (own - part_first) / part_size + 1) : parts;
-  const double value = merge_parts(ref, sum, i, pitch, begin, end, scale).lse(scale);
+  const A size = Scale<A>(scale).size;
+  const double value = merge_parts(ref, sum, i, pitch, begin, end, size).lse(size);
   lse[first + i] = add ? log_add_exp(lse[first + i], value) : value;
 }
 
 // Rows of the chunk, over all columns of the launch.
 template <class A>
-cudaError_t merge_rows(const LogSums<A>& sums, const Chunk& chunk, double* lse, Parts which, bool add, A scale,
-                       cudaStream_t stream) {
+cudaError_t merge_rows(const LogSums<A>& sums, const Chunk& chunk, double* lse, Parts which, bool add,
+                       const double* scale, cudaStream_t stream) {
   return FVM_LAUNCH(merge_log_sums<A>, ceil_div<int64_t>(chunk.rows, kTileThreads), kTileThreads, 0, stream,
                     sums.row_ref, sums.row_sum, lse, chunk.first, chunk.rows, sums.row_pitch, sums.parts,
                     Lanes<A>::kWide, 0, which, add, scale);
@@ -165,7 +167,7 @@ cudaError_t merge_rows(const LogSums<A>& sums, const Chunk& chunk, double* lse, 
 // Columns from `from` on, over the rows of the chunk.
 template <class A>
 cudaError_t merge_columns(const LogSums<A>& sums, const Chunk& chunk, double* lse, int64_t from, Parts which, bool add,
-                          A scale, cudaStream_t stream) {
+                          const double* scale, cudaStream_t stream) {
   return FVM_LAUNCH(merge_log_sums<A>, ceil_div<int64_t>(sums.m - from, kTileThreads), kTileThreads, 0, stream,
                     sums.col_ref + from, sums.col_sum + from, lse, from, sums.m - from, sums.m, chunk.row_tiles,
                     int64_t(kTile), chunk.first, which, add, scale);

@@ -9,7 +9,7 @@ namespace {
 
 template <class A> struct Triangle {
   static constexpr int N = kChunk<A>;
-  Scale<A> scale;
+  const double* scale;
   int64_t R;
 
   struct Columns {};
@@ -31,7 +31,7 @@ template <class T> struct NtXentForward {
   LogSums<A> sums;
   double* positive_sums;  // [tiles]
 
-  NtXentForward(Arena& arena, int64_t R)
+  NtXentForward(Workspace& arena, int64_t R)
       : chunk(rows_of_chunk(R, LogSums<A>::bytes_of_tile(R))),
         tiles(ceil_div<int64_t>(R, kTile) * ceil_div<int64_t>(R, kTile)),
         sums(arena, chunk, R, true),
@@ -41,8 +41,8 @@ template <class T> struct NtXentForward {
 template <class A>
 __global__ void __launch_bounds__(kTileThreads)
     finish_nt_xent_loss(const double* __restrict__ lse, int64_t R, const double* __restrict__ positive_sums,
-                        int64_t tiles, double scale, double* __restrict__ positive_sum, A* __restrict__ loss) {
-  const double positive = scale * sum_over(tiles, [&](int64_t t) { return positive_sums[t]; });
+                        int64_t tiles, const double* scale, double* __restrict__ positive_sum, A* __restrict__ loss) {
+  const double positive = double(Scale<A>(scale).size) * sum_over(tiles, [&](int64_t t) { return positive_sums[t]; });
   const double all = sum_over(R, [&](int64_t i) { return lse[i]; });
   if (threadIdx.x == 0) *positive_sum = positive, *loss = A((all - 2 * positive) / double(R));
 }
@@ -52,23 +52,22 @@ cudaError_t nt_xent_forward(const Pairs<T>& pairs, const NtXentForward<T>& f, co
                             double* lse, double* positive_sum, Acc<T>* loss, cudaStream_t stream) {
   using A = Acc<T>;
   const int64_t R = triangle.R;
-  const A scale = triangle.scale.size;
   for (int64_t first = 0; first < R; first += f.chunk) {
     const Chunk chunk(first, f.chunk, R, R);
     FVM_TRY(FVM_LAUNCH((log_sums<T, Triangle<A>>), chunk.blocks(), kTileThreads, kTileShared, stream, pairs, chunk,
                        triangle, f.sums, f.positive_sums + first / kTile * chunk.column_tiles));
-    FVM_TRY(merge_columns(f.sums, chunk, lse, first, Parts::to_own, first > 0, scale, stream));
-    FVM_TRY(merge_rows(f.sums, chunk, lse, Parts::from_own, true, scale, stream));
+    FVM_TRY(merge_columns(f.sums, chunk, lse, first, Parts::to_own, first > 0, triangle.scale, stream));
+    FVM_TRY(merge_rows(f.sums, chunk, lse, Parts::from_own, true, triangle.scale, stream));
   }
-  return FVM_LAUNCH(finish_nt_xent_loss<A>, 1, kTileThreads, 0, stream, lse, R, f.positive_sums, f.tiles, double(scale),
-                    positive_sum, loss);
+  return FVM_LAUNCH(finish_nt_xent_loss<A>, 1, kTileThreads, 0, stream, lse, R, f.positive_sums, f.tiles,
+                    triangle.scale, positive_sum, loss);
 }
 
 }  // namespace
 
 int64_t nt_xent_loss_fwd_workspace(int64_t R, int64_t D, Dtype dtype) {
   static_cast<void>(D);
-  Arena arena(nullptr);
+  Workspace arena(nullptr);
   with_dtype(dtype, [&](auto zero) {
     NtXentForward<decltype(zero)>(arena, R);
     return cudaSuccess;
@@ -77,15 +76,15 @@ int64_t nt_xent_loss_fwd_workspace(int64_t R, int64_t D, Dtype dtype) {
 }
 
 cudaError_t nt_xent_loss_fwd(const void* z, double* lse, double* positive_sum, void* loss, void* workspace,
-                             double scale, int64_t R, int64_t D, Dtype dtype, Launch launch) {
+                             const double* scale, int64_t R, int64_t D, Dtype dtype, Launch launch) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Arena arena(workspace);
+    Workspace arena(workspace);
     const NtXentForward<T> forward(arena, R);
     const Features<T> features(static_cast<const T*>(z), R, D);
-    return nt_xent_forward({features, features}, forward, {Scale<A>(scale), R}, lse, positive_sum,
-                           static_cast<A*>(loss), launch.stream);
+    return nt_xent_forward({features, features}, forward, {scale, R}, lse, positive_sum, static_cast<A*>(loss),
+                           launch.stream);
   });
 }
 

@@ -16,7 +16,8 @@ template <class T> struct GradientSpace {
   Acc<T>* partials;
   double* sums;  // [kSums, tiles]
 
-  GradientSpace(Arena& arena, int64_t n, int64_t m, int64_t D, bool want_x, bool want_y, int64_t more_bytes_of_tile = 0)
+  GradientSpace(Workspace& arena, int64_t n, int64_t m, int64_t D, bool want_x, bool want_y,
+                int64_t more_bytes_of_tile = 0)
       : pitch(round_up(m, kChunk<T>)) {
     const bool want = want_x || want_y;
     chunk = rows_of_chunk(n, (want ? kTile * pitch * int64_t(sizeof(T)) : 0) + more_bytes_of_tile);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     make_similarities(tile, pairs, row, column);
     const auto columns = loss.columns(column + L::column());
     const A bigger = loss.bigger();
-    for_each_row<kRowsAtOnce<A>>(tile, [&](int r, int c, const Pack<A, N>& u) {
+    for_each_pack<kRowsAtOnce<A>>(tile, [&](int r, int c, const Pack<A, N>& u) {
       const int64_t i = row + r, j = column + c;
       if (i >= pairs.x.rows || j >= pitch) return;
       A gradient[N];
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
 
 template <class A> struct Totals {
   A* out[3];  // those that are wanted
-  double factor[3];
+  Factor factor[3];
 };
 
 template <class A>
@@ -82,13 +83,13 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int k = 0; k < 3; k++) {
     if (!totals.out[k]) continue;
     const double total = sum_over(tiles, [&](int64_t t) { return sums[k * tiles + t]; });
-    if (threadIdx.x == 0) *totals.out[k] = A(total * totals.factor[k]);
+    if (threadIdx.x == 0) *totals.out[k] = A(total * totals.factor[k].value());
   }
 }
 
 template <class T> struct Wanted {
   Acc<T>*dx, *dy;         // [n, D], [m, D] or null; in a triangle dy = dx
-  double factor;          // of the gradients, beside s
+  Factor factor;          // of the gradients
   const Acc<T>* unscale;  // the inverse of loss.bigger() where only the device knows it
   bool triangle = false;
 };

@@ -3,6 +3,7 @@
 // normalised. The names are those of csrc/patch_embed.h.
 #pragma once
 #include "patch_operands.cuh"
+#include "workspace.cuh"
 
 namespace fvm::cuda {
 
@@ -70,10 +71,6 @@ struct Tokens {
   __device__ int64_t patch(int64_t b, int64_t k) const { return ids ? ids[b * K + k] : k; }
   __device__ bool masked(int64_t b, int64_t patch) const { return mask && mask[b * L + patch]; }
 };
-
-template <class... P> bool aligned(int64_t bytes, const P*... addresses) {
-  return ((reinterpret_cast<uintptr_t>(addresses) % bytes == 0) && ...);
-}
 
 // ---- operands
 
@@ -181,21 +178,5 @@ cudaError_t prepare_weight(Matrix<T>& matrix, const T* weight, T* space, const P
   return FVM_LAUNCH(copy_weight<T>, thread_an_item(D * row_size), kTileThreads, 0, stream, weight, space, grid, D,
                     row_size);
 }
-
-// One block of memory cut into arrays. The same cutting, started from null, tells how large the block has to be.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), at_(begin_) {}
-
-  template <class T> T* take(int64_t n) {
-    T* array = reinterpret_cast<T*>(at_);
-    at_ += ceil_div<uintptr_t>(uintptr_t(n) * sizeof(T), 128) * 128;
-    return array;
-  }
-  int64_t bytes() const { return int64_t(at_ - begin_); }
-
- private:
-  uintptr_t begin_, at_;
-};
 
 }  // namespace fvm::cuda

@@ -3,7 +3,7 @@
 // the weight. What is aligned and of the right type goes by cp.async; the rest through registers, in which it is
 // converted, and normalised, after the step before has been multiplied.
 #pragma once
-#include "patch_tile.cuh"
+#include "product_tile.cuh"
 
 namespace fvm::cuda {
 

@@ -13,13 +13,16 @@ template <class T> struct SigmoidPairs {
   static constexpr int N = kChunk<A>, kSums = 3;
   Ids ids;
   int64_t m;
-  A scale, bias;
+  const double *scale, *bias;
 
-  struct Columns { int32_t id[N]; };
+  struct Columns {
+    int32_t id[N];
+    A scale, bias;
+  };
   __device__ __forceinline__ bool skips(int64_t, int64_t) const { return false; }
   __device__ __forceinline__ A bigger() const { return kBigger<T>; }
   __device__ __forceinline__ Columns columns(int64_t j) const {
-    Columns of;
+    Columns of{{}, A(*scale), A(*bias)};
 #pragma unroll
     for (int k = 0; k < N; k++) of.id[k] = j + k < m ? ids.column(j + k) : -1;
     return of;
@@ -30,7 +33,7 @@ template <class T> struct SigmoidPairs {
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const A z = id == of.id[k] ? A(-1) : A(1);
-      const A v = j + k < m ? z * (scale * u[k] + bias) : -A(INFINITY);  // no pair: no loss, no gradient
+      const A v = j + k < m ? z * (of.scale * u[k] + of.bias) : -A(INFINITY);  // no pair: no loss, no gradient
       const A small = exponential(v < 0 ? v : -v), inverse = 1 / (1 + small);
       g[k] = z * (v < 0 ? small * inverse : inverse);
       sums[0] += (v > 0 ? v : 0) + logarithm1p(small);
@@ -43,7 +46,7 @@ template <class T> struct SigmoidPairs {
 }  // namespace
 
 int64_t siglip_loss_workspace(int64_t n, int64_t m, int64_t D, bool want_x, bool want_y, Dtype dtype) {
-  Arena arena(nullptr);
+  Workspace arena(nullptr);
   with_dtype(dtype, [&](auto zero) {
     GradientSpace<decltype(zero)>(arena, n, m, D, want_x, want_y);
     return cudaSuccess;
@@ -52,21 +55,22 @@ int64_t siglip_loss_workspace(int64_t n, int64_t m, int64_t D, bool want_x, bool
 }
 
 cudaError_t siglip_loss(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
-                        double scale, double bias, double weight, void* loss, void* slopes, Maybe<void> dx,
-                        Maybe<void> dy, void* workspace, int64_t n, int64_t m, int64_t D, Dtype dtype, Launch launch) {
+                        const double* scale, const double* bias, double weight, void* loss, void* slopes,
+                        Maybe<void> dx, Maybe<void> dy, void* workspace, int64_t n, int64_t m, int64_t D, Dtype dtype,
+                        Launch launch) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Arena arena(workspace);
+    Workspace arena(workspace);
     const GradientSpace<T> space(arena, n, m, D, bool(dx), bool(dy));
     const Pairs<T> pairs{{static_cast<const T*>(x), n, D}, {static_cast<const T*>(y), m, D}};
-    const SigmoidPairs<T> sigmoid{{row_ids.p, col_ids.p}, m, A(scale), A(bias)};
-    const Wanted<T> want{static_cast<A*>(dx.p), static_cast<A*>(dy.p), scale * weight / kBigger<T>, nullptr};
+    const SigmoidPairs<T> sigmoid{{row_ids.p, col_ids.p}, m, scale, bias};
+    const Wanted<T> want{static_cast<A*>(dx.p), static_cast<A*>(dy.p), {weight / kBigger<T>, scale}, nullptr};
     FVM_TRY(pair_gradients(pairs, space, sigmoid, want, launch.stream,
                            [](const Chunk&, SigmoidPairs<T>&) { return cudaSuccess; }));
     A *of_loss = static_cast<A*>(loss), *of_slopes = static_cast<A*>(slopes);
     return FVM_LAUNCH(add_totals<A>, 1, kTileThreads, 0, launch.stream, space.sums, space.tiles,
-                      Totals<A>{{of_loss, of_slopes, of_slopes + 1}, {weight, weight, weight}});
+                      Totals<A>{{of_loss, of_slopes, of_slopes + 1}, {{weight}, {weight}, {weight}}});
   });
 }
 

@@ -119,9 +119,9 @@ int64_t window_attention_fwd_workspace(int64_t B, int64_t H, int64_t W, int64_t 
 
 cudaError_t window_attention_fwd(const void* qkv, Maybe<const void> bias, Maybe<const void> logit_scale,
                                  Maybe<const void> pad_qkv, void* out, void* workspace, double scale, double mask_value,
-                                 double dropout_p, int64_t seed, bool pad_then_roll, bool heads_outermost, int64_t B,
-                                 int64_t H, int64_t W, int64_t heads, int64_t d, int64_t wh, int64_t ww, int64_t sh,
-                                 int64_t sw, Dtype dtype, Launch launch) {
+                                 double dropout_p, Maybe<const int64_t> seed, bool pad_then_roll, bool heads_outermost,
+                                 int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t wh, int64_t ww,
+                                 int64_t sh, int64_t sw, Dtype dtype, Launch launch) {
   unused(workspace);
   if (d > kMostChannels) return cudaErrorInvalidValue;
   const WindowGrid grid{B, H, W, int(heads), int(d), int(wh), int(ww), int(sh), int(sw), pad_then_roll};

@@ -62,12 +62,12 @@ struct Window {
   }
 };
 
-// Which probabilities dropout keeps: a function of (seed, window, head, query, key) alone
+// Which probabilities dropout keeps: a function of (seed, window, head, query, key) alone; the sign of the seed is not used
 struct Dropout {
   bool active;
   uint32_t threshold;
   double kept;  // 1 / (1 - p)
-  uint64_t seed;
+  const int64_t* seed;
 
   __device__ __forceinline__ static uint32_t mix(uint32_t x) {
     x ^= x >> 16, x *= 0x7feb352du;
@@ -75,16 +75,16 @@ struct Dropout {
     return x ^ x >> 16;
   }
   __device__ __forceinline__ uint32_t stream(int64_t unit) const {
-    return mix(mix(mix(uint32_t(seed)) + uint32_t(seed >> 32)) + uint32_t(unit));
+    return mix(mix(mix(uint32_t(*seed)) + (uint32_t(*seed >> 32) & 0x7fffffffu)) + uint32_t(unit));
   }
   __device__ __forceinline__ bool keeps(uint32_t row, int key) const {
     return mix(row + uint32_t(key) * 0x9e3779b9u) >= threshold;
   }
 };
 
-inline Dropout dropout_of(double p, int64_t seed) {
+inline Dropout dropout_of(double p, Maybe<const int64_t> seed) {
   const double limit = std::floor(p * 4294967296.0);
-  return {p > 0, limit < 4294967295.0 ? uint32_t(limit) : 4294967295u, p < 1 ? 1 / (1 - p) : 0, uint64_t(seed)};
+  return {p > 0, limit < 4294967295.0 ? uint32_t(limit) : 4294967295u, p < 1 ? 1 / (1 - p) : 0, seed.p};
 }
 
 // ---- a call
@@ -109,7 +109,6 @@ WindowInputs<T> inputs_of(const void* qkv, Maybe<const void> bias, Maybe<const v
                           Maybe<const void> pad_qkv, double scale, double mask_value, const Dropout& dropout,
                           bool heads_outermost, const WindowGrid& grid, const void* out, const void* dout) {
   auto parameter = [](Maybe<const void> p) { return static_cast<const Acc<T>*>(p.p); };
-  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return {grid,
           static_cast<const T*>(qkv),
           parameter(bias),
@@ -119,7 +118,7 @@ WindowInputs<T> inputs_of(const void* qkv, Maybe<const void> bias, Maybe<const v
           Acc<T>(mask_value),
           dropout,
           heads_outermost,
-          grid.d % kChunk<T> == 0 && aligned(qkv) && aligned(out) && aligned(dout)};
+          grid.d % kChunk<T> == 0 && aligned(16, qkv, out, dout)};
 }
 
 // ---- rows of a window and head: shared memory [kBlock, row_stride(d)], zero where there is no token or channel

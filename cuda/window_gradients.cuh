@@ -58,8 +58,6 @@ template <class T> struct PartialSums {
     constexpr int64_t kFew = 128, kMany = 1024, kWindows = 8, kBytes = int64_t(64) << 20;
     const int64_t few = ceil_div<int64_t>(kFew, grid.heads), many = ceil_div<int64_t>(kMany, grid.heads);
     const int64_t affordable = kBytes / (sizes * int64_t(sizeof(S)) * grid.heads);
-    const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
     const int64_t wanted = larger(few, smaller(many, grid.windows() / kWindows));
     return smaller(grid.windows(), larger(1, smaller(wanted, affordable)));
   }

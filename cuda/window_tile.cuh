@@ -10,9 +10,6 @@ namespace fvm::cuda {
 
 namespace {
 
-template <class T> constexpr bool kIsHalf = sizeof(T) == 2;
-template <class T> constexpr int kChunk = 16 / sizeof(T);  // values that are moved at once
-
 // Queries, and keys, of a block: as many as leave room for head dims of 128 in 99 KB
 template <class T> constexpr int kBlock = kIsHalf<T> ? 64 : sizeof(T) == 4 ? 32 : 16;
 template <class T> constexpr int kThreads = kBlock<T> / 16 * kWarp;

@@ -65,10 +65,10 @@ class Detector:
 
 @contextlib.contextmanager
 def ops_through(e: Emulation) -> Iterator[None]:
-    """Inside, the ops' kernels run in this emulation. What the CPU keeps for the backward, ``kept``, stays unused."""
+    """Inside, the ops' kernels run in this emulation."""
 
     def launch(kernel: str, device: torch.device, args: tuple) -> None:
-        e.call(kernel, *args, in_out=("kept",) if kernel == "clip_loss_fwd" else ())
+        e.call(kernel, *args)
 
     seam = {"_C_cuda": Detector(e), "_CUDA_DEVICES": ("cuda", "cpu"), "_launch": launch}
     with mock.patch.multiple(_backend, **seam), backend("native"):
@@ -224,6 +224,15 @@ def test_features_that_are_not_a_number_are_seen(library):
     assert not e.findings, "\n".join(map(str, e.findings))
 
 
+def test_what_the_cpu_keeps_is_refused(library):
+    x, lse, scale = features(4, 8, torch.float32), torch.empty(8, dtype=torch.float64), number(5.0)
+    with Emulation(library) as e:
+        space = torch.empty(e.call("clip_loss_fwd_workspace", 4, 4, 8, 0, x.dtype), dtype=torch.uint8)
+        numbers = (scale, scale, 0.0, 0.0, 0.0, 4, 4, 8, 0, 16)
+        e.call("clip_loss_fwd", x, x, *(None,) * 6, lse, None, None, torch.zeros(16), space, *numbers, x.dtype)
+    assert [f.kind for f in e.findings] == ["launch"]
+
+
 # ---- traffic and tensor cores: one tile of rows against two of columns
 
 n, m, D = 128, 256, 64
@@ -255,8 +264,8 @@ def test_bytes_of_siglip_loss(library, dtype):
     with Emulation(library) as e:
         space = torch.empty(e.call("siglip_loss_workspace", n, m, D, True, True, dtype), dtype=torch.uint8)
         e.call(
-            "siglip_loss", x, y, torch.arange(n).int(), torch.arange(m).int(), 5.0, 0.0, 1.0, make.loss, make.slopes,
-            make.dx, make.dy, space, n, m, D, dtype,
+            "siglip_loss", x, y, torch.arange(n).int(), torch.arange(m).int(), number(5.0), number(0.0), 1.0, make.loss,
+            make.slopes, make.dx, make.dy, space, n, m, D, dtype,
         )  # fmt: skip
     assert not e.findings, "\n".join(map(str, e.findings))
     no_conflicts(e)
@@ -276,8 +285,8 @@ def test_bytes_of_clip_loss_forward(library, dtype):
     with Emulation(library) as e:
         space = torch.empty(e.call("clip_loss_fwd_workspace", n, m, D, 0, dtype), dtype=torch.uint8)
         e.call(
-            "clip_loss_fwd", x, y, *nothing, lse, None, torch.empty(()), None, space, 5.0, 1.0, 0.0, 0.0, 0.0, n, m, D,
-            0, 0, dtype,
+            "clip_loss_fwd", x, y, *nothing, lse, None, torch.empty(()), None, space, number(5.0), number(1.0), 0.0,
+            0.0, 0.0, n, m, D, 0, 0, dtype,
         )  # fmt: skip
     assert not e.findings, "\n".join(map(str, e.findings))
     no_conflicts(e)

@@ -64,7 +64,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def scalars(c: Case) -> tuple:
     """The arguments from ``scale`` to ``sw``."""
     scale = c.scale if c.scale is not None else 1.0 if c.cosine else c.d**-0.5
-    numbers = (scale, c.mask_value, c.dropout_p, c.seed, c.pad_order == "pad_roll", c.qkv_layout == "h3d")
+    seed = torch.tensor(c.seed) if c.dropout_p else None
+    numbers = (scale, c.mask_value, c.dropout_p, seed, c.pad_order == "pad_roll", c.qkv_layout == "h3d")
     return *numbers, c.B, c.H, c.W, c.heads, c.d, *c.window, *c.shift
 
 

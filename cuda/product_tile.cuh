@@ -10,8 +10,6 @@ namespace fvm::cuda {
 constexpr int kTile = 128, kTileThreads = 256;
 constexpr int kTileShared = 32 << 10;  // bytes: both operands of two steps, later the sums on their way out
 template <class T> constexpr int kStep = 64 / sizeof(T);
-template <class T> constexpr int kChunk = 16 / sizeof(T);  // values that are moved at once
-template <class T> constexpr bool kIsHalf = sizeof(T) == 2;
 template <class T> constexpr int kTileBlocks = kIsHalf<T> ? 2 : 1;  // that have to fit into an SM
 
 // ---- An operand in shared memory: [128, kStep] when the summed index is innermost, as in rows of patches, features,
@@ -135,9 +133,10 @@ template <class T, Layout kA, Layout kB> struct FmaTile {
 template <class T, Layout kA, Layout kB>
 using Tile = std::conditional_t<kIsHalf<T>, MmaTile<T, kA, kB>, FmaTile<T, kA, kB>>;
 
-// f(row, column, sums of 16 bytes) for the whole tile: a warp takes neighbouring columns of a row. The sums go through
-// shared memory in passes of 32 KB, with columns changing places so that writing meets no bank twice. All threads call.
-template <class Sums, class F> __device__ __forceinline__ void for_each_pack(const Sums& tile, F&& f) {
+// f(row, column, sums of 16 bytes) for the whole tile, kUnroll rows at a time: a warp takes neighbouring columns of a
+// row. The sums go through shared memory in passes of 32 KB, with columns changing places so that writing meets no bank
+// twice. All threads call.
+template <int kUnroll = 2, class Sums, class F> __device__ __forceinline__ void for_each_pack(const Sums& tile, F&& f) {
   using S = typename Sums::Sum;
   constexpr int N = kChunk<S>, kAcross = kTile / N;
   S* stage = dynamic_shared<S>();
@@ -148,7 +147,7 @@ template <class Sums, class F> __device__ __forceinline__ void for_each_pack(con
     __syncthreads();
     tile.write_stage(stage, pass, place);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll kUnroll
     for (int s = threadIdx.x / kAcross; s < Sums::kStageRows; s += kTileThreads / kAcross)
       f(Sums::row_of_stage(pass, s), column, load<N>(stage + place(s, column)));
   }
