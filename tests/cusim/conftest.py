@@ -5,6 +5,7 @@ from pathlib import Path
 
 import emulator
 import pytest
+import torch
 
 from fvm_fast import doctor_cuda
 
@@ -22,6 +23,12 @@ def own_kernels() -> emulator.Library:
 def own_kernels_on_ucontext() -> emulator.Library:
     """The same with the fibers of other processors than x86-64."""
     return emulator.build(*OWN, ucontext=True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every test, whichever others run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=emulator.SCHEDULES)

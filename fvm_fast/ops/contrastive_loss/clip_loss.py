@@ -159,6 +159,7 @@ def _clip_bwd_kernel(
     if teacher_x is not None:
         _set_teacher(rows, cols, teacher_lse)
     numbers = (number(scale, x), number(dloss, x))
+    kept = kept if kept.shape[0] else None
     dx, dy, dscale = clip_backward(rows, cols, lse, *numbers, softness, want_x, want_y, kept)
     return (
         dx.to(x.dtype) if want_x else x.new_empty(0),
