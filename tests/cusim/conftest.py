@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets the tests of this folder import the emulator, and compiles their own kernels once."""
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import device
 import emulator
 import pytest
 import torch
@@ -17,6 +21,15 @@ OWN = sorted((HERE / "kernels").glob("*.cu"))
 def own_kernels() -> emulator.Library:
     """The kernels of tests/cusim/kernels."""
     return emulator.build(*OWN)
+
+
+@pytest.fixture(scope="session")
+def run_fragments(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """Makes what runs kernels/fragments.cu: an Emulation, or under FVM_TEST_DEVICE=cuda the GPU."""
+    if os.environ.get("FVM_TEST_DEVICE") != "cuda":
+        return partial(emulator.Emulation, request.getfixturevalue("own_kernels"))
+    source = HERE / "kernels" / "fragments.cu"
+    return partial(device.OnDevice, source, device.compile_for_device(source, tmp_path_factory.mktemp("device")))
 
 
 @pytest.fixture(scope="session")

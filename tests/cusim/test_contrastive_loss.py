@@ -5,24 +5,20 @@ The public functions run as on a GPU, but for the last step: each kernel they ca
 one tile of rows here and parts one tile of columns, so that few rows make several of them.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from common import DTYPES, EPS
 from contrastive_common import TARGETS, class_ids, clip_options, features
+from emulated_ops import ops_through
 from emulator import SCHEDULES, Emulation, Library, build
 from temperature_common import value_and_gradients
 from torch import Tensor
 
 from fvm_fast.ops import (
-    _backend,
-    backend,
     clip_loss,
     clip_loss_reference,
     info_nce_loss,
@@ -37,7 +33,6 @@ FILES = (
     "clip_loss", "clip_loss_backward", "contrastive_products", "info_nce_loss", "nt_xent_loss",
     "nt_xent_loss_backward", "siglip_loss",
 )  # fmt: skip
-KERNELS = ("clip_loss", "info_nce_loss", "nt_xent_loss", "siglip_loss")
 SIZES = {
     "one": (1, 1, 8),
     "prime": (7, 5, 13),
@@ -49,30 +44,6 @@ SIZES = {
 @pytest.fixture(scope="module")
 def library() -> Library:
     return build(*FILES, defines=("FVM_CHUNK_BYTES=1", "FVM_TERMS_OF_PART=64"))
-
-
-class Detector:
-    """Stands for ``_C_cuda``: sizes of workspaces, and the names of the kernels."""
-
-    kernels = KERNELS
-
-    def __init__(self, e: Emulation) -> None:
-        self._e = e
-
-    def __getattr__(self, name: str) -> Callable:
-        return partial(self._e.call, name)
-
-
-@contextlib.contextmanager
-def ops_through(e: Emulation) -> Iterator[None]:
-    """Inside, the ops' kernels run in this emulation."""
-
-    def launch(kernel: str, device: torch.device, args: tuple) -> None:
-        e.call(kernel, *args)
-
-    seam = {"_C_cuda": Detector(e), "_CUDA_DEVICES": ("cuda", "cpu"), "_launch": launch}
-    with mock.patch.multiple(_backend, **seam), backend("native"):
-        yield
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
