@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
+import gpu  # noqa: E402
 import gpu_counters  # noqa: E402
 import test_gpu as script  # noqa: E402
 from gpu_counters import CONFLICTS, SECTORS, Counters  # noqa: E402
@@ -128,3 +131,26 @@ def test_op_tests_on_a_gpu_that_is_not_there_are_refused():
     command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_token_gather.py", "-k", "nothing_at_all or empty"]
     ran = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert ran.returncode == 2 and "FVM_TEST_DEVICE=cuda: expected a GPU, torch sees none" in ran.stdout + ran.stderr
+
+
+# ---- the benchmarks' clock
+
+
+def test_benchmarks_refuse_a_gpu_that_is_not_there():
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, ROOT / "benchmarks" / "bench_token_gather.py", "--quick", "--device", "cuda"]
+    ran = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert ran.returncode == 2 and "--device cuda: expected a GPU, torch sees none" in ran.stderr
+
+
+def test_rivals_are_timed_in_turns_on_a_gpu(monkeypatch):
+    order, milliseconds = [], iter(range(1, 100))
+    bench = types.ModuleType("triton.testing")
+    bench.do_bench = lambda run, rep, return_mode: (run(), float(next(milliseconds)))[1]
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "triton.testing", bench)
+    samples = gpu.time_in_turns({name: partial(order.append, name) for name in "abc"}, 1.0)
+    assert [len(s) for s in samples.values()] == [gpu.ROUNDS] * 3
+    assert sorted(sum(samples.values(), [])) == [n / 1e3 for n in range(1, 3 * gpu.ROUNDS + 1)]
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len({tuple(r) for r in rounds}) > 1
