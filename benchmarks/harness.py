@@ -196,7 +196,7 @@ def main(
     torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
     torch.manual_seed(0)
-    name = Path(script).stem + (" on a GPU" if gpu.is_used() else "")
+    name = report.section_name(Path(script).stem)
     parts = [f"## {name}\n\n{machine.describe()}.\n"]
     print(parts[0], flush=True)
     for problem in problems(args):

@@ -8,8 +8,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import gpu
 import machine
 from problem import Floor, Measurement, Problem
+
+from fvm_fast.ops._backend import isa
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _PREFACE = """# Results
@@ -75,6 +78,13 @@ def _floor_sentence(floor: Floor, flops: float, bandwidth: float) -> str:
         work, rate = number(floor.bytes / 1e6), number(bandwidth / 1e9)
         parts.append(f"{work} MB take {number(moving * 1e3)} ms at a copy's {rate} GB/s")
     return f"Floor {number(max(computing, moving) * 1e3)} ms: {'; '.join(parts)}.\n\n"
+
+
+def section_name(script: str) -> str:
+    """The script's name, with the GPU or the set of ``FVM_FAST_ISA`` behind it, so that all tables are kept."""
+    if gpu.is_used():
+        return f"{script}_cuda"
+    return f"{script}_{isa()}" if os.environ.get("FVM_FAST_ISA") else script
 
 
 def write_section(name: str, text: str, path: Path) -> None:
