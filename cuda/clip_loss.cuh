@@ -50,7 +50,7 @@ template <class A> struct ClipTargets {
   Side<A> row, column;
   A* dense;  // [chunk, pitch]: with a teacher, what every pair of the chunk's rows has as target; else null
   int64_t dense_first, pitch;
-  const double *scale, *teacher_scale;
+  const double *scale, *teacher_scale;  // [1] each, on the device
   A teacher_weight, row_smoothing, col_smoothing;
 
   ClipTargets(Workspace& arena, int64_t n, int64_t m, const double* scale, const double* teacher_scale)
@@ -136,7 +136,7 @@ template <class T> struct ClipInputs {
   Features<T> x, y;
   const T *teacher_x, *teacher_y;
   int64_t teacher_D;
-  const double *scale, *teacher_scale;
+  const double *scale, *teacher_scale;  // [1] each, on the device
   double teacher_weight, row_smoothing, col_smoothing;
   const int32_t *row_ids, *col_ids;
   const double *row_targets, *col_targets;

@@ -235,7 +235,7 @@ def window_attention(
         qkv: [B, H, W, 3C] as the linear layer leaves it, in the order of the map; C = num_heads * d. Other layouts
             than contiguous are copied.
         attn_bias: [heads, N, N], added to the logits of every window; tokens of a window are counted row by row.
-        num_heads: heads.
+        num_heads: heads. On CUDA those of more than 128 channels take the torch path.
         window_size: wh x ww, an integer or (height, width); N = wh * ww.
         shift_size: 0 <= shift < window on each axis. Neither is made to fit the map: a window larger than the map
             attends to padding.
