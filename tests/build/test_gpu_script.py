@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
+import bench_window_attention as bench  # noqa: E402
 import gpu  # noqa: E402
 import gpu_counters  # noqa: E402
 import test_gpu as script  # noqa: E402
@@ -133,12 +134,31 @@ def test_benchmarks_refuse_a_gpu_that_is_not_there():
 
 def test_rivals_are_timed_in_turns_on_a_gpu(monkeypatch):
     order, milliseconds = [], iter(range(1, 100))
-    bench = types.ModuleType("triton.testing")
-    bench.do_bench = lambda run, rep, return_mode: (run(), float(next(milliseconds)))[1]
+    testing = types.ModuleType("triton.testing")
+    testing.do_bench = lambda run, rep, return_mode: (run(), float(next(milliseconds)))[1]
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    monkeypatch.setitem(sys.modules, "triton.testing", bench)
+    monkeypatch.setitem(sys.modules, "triton.testing", testing)
     samples = gpu.time_in_turns({name: partial(order.append, name) for name in "abc"}, 1.0)
     assert [len(s) for s in samples.values()] == [gpu.ROUNDS] * 3
     assert sorted(sum(samples.values(), [])) == [n / 1e3 for n in range(1, 3 * gpu.ROUNDS + 1)]
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len({tuple(r) for r in rounds}) > 1
+
+
+def attention_by_formula(q, k, v, attn_bias, scale):
+    """What xformers' function is documented to compute: [B, N, heads, d] each, a bias [B, heads, N, N]."""
+    assert attn_bias.stride(2) % 8 == 0, "rows of the bias are not aligned"
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * scale + attn_bias
+    return torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v)
+
+
+@pytest.mark.parametrize("v2", (False, True), ids=("products", "cosines"))
+def test_the_rival_that_needs_a_gpu_computes_the_same(monkeypatch, v2):
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = lambda q, k, v, bias, scale: attention_by_formula(q, k, v, bias, scale)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    size = bench.Size(2, 10, 3, 5, 2, d=8)
+    qkv, bias = torch.randn(2, 10, 10, 3 * size.C), torch.randn(3, 25, 25)
+    inputs = (qkv, bias, torch.full((3,), 10.0) if v2 else None, bench.shift_mask(size), size)
+    torch.testing.assert_close(bench.xformers(*inputs), bench.timm_order(*inputs), rtol=1e-4, atol=1e-5)

@@ -25,9 +25,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True, scope="session")
 def device() -> Iterator[None]:
     """FVM_TEST_DEVICE=cuda makes the tensors of all tests on the GPU, so that the ops run there."""
-    wanted = os.environ.get("FVM_TEST_DEVICE") or "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        pytest.exit("FVM_TEST_DEVICE=cuda: expected a GPU, torch sees none; unset it to test on the CPU", returncode=2)
+    if (wanted := os.environ.get("FVM_TEST_DEVICE") or "cpu") == "cpu":
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.exit(f"FVM_TEST_DEVICE={wanted}: expected a GPU, torch sees none; unset it for the CPU", returncode=2)
     with torch.device(wanted):
         yield
 
