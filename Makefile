@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | test-min-torch | bench | build | format, and, of the compiled core, test-core | test-aarch64 | sanitize.
+# make demo | test | test-min-torch | test-gpu | bench | build | format, and, of the core, test-core | test-aarch64 | sanitize.
 # Each sets up what it needs, once: .venv, requirements, core.
 # PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the program that is run.
 PYTHON ?= python3
@@ -10,7 +10,7 @@ BIN = .venv/bin
 CORE_SOURCES = setup.py CMakeLists.txt $(wildcard csrc/* cuda/*)
 export PYTHON
 
-.PHONY: demo test test-min-torch test-core test-aarch64 sanitize bench build format
+.PHONY: demo test test-min-torch test-gpu test-core test-aarch64 sanitize bench build format
 .NOTPARALLEL:
 
 demo: .venv/demo.stamp .venv/core.stamp
@@ -21,6 +21,10 @@ test: .venv/dev.stamp .venv/core.stamp
 
 test-min-torch: .venv-min/ready.stamp .venv/core.stamp
 	PYTHONPATH=. .venv-min/bin/python -m pytest tests/ops $(ARGS)
+
+# What only a GPU can tell of the CUDA kernels; scripts/test_gpu.py says what.
+test-gpu: .venv/dev.stamp .venv/core.stamp
+	$(BIN)/python scripts/test_gpu.py $(ARGS)
 
 # The compiled core without Python: every kernel on every instruction set, on aarch64, under the sanitizers.
 test-core: .venv/dev.stamp

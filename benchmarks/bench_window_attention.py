@@ -4,10 +4,12 @@
 python benchmarks/bench_window_attention.py
 """
 
+import importlib.util
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import gpu
 import torch
 import torch.nn.functional as F
 from harness import main
@@ -68,6 +70,27 @@ def sdpa(qkv: Tensor, attn_bias: Tensor, logit_scale: Tensor | None, mask: Tenso
     return join(F.scaled_dot_product_attention(q, k, v, added, scale=scale), size)
 
 
+def xformers(qkv: Tensor, attn_bias: Tensor, logit_scale: Tensor | None, mask: Tensor | None, size: Size) -> Tensor:
+    """The same with xformers' memory-efficient attention, which wants rows of the bias a multiple of 8 apart."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (t.transpose(1, 2) for t in cut(qkv, size))
+    scale = size.d**-0.5
+    if logit_scale is not None:
+        (q, k), scale = (t.transpose(1, 2) for t in cosine(*cut(qkv, size)[:2], logit_scale, size)), 1.0
+    added = F.pad(bias_and_mask(attn_bias, mask, size).to(q.dtype), (0, -size.N % 8))[..., : size.N]
+    out = memory_efficient_attention(q, k, v, added.expand(size.B, -1, -1, -1), scale=scale)
+    return join(out.transpose(1, 2), size)
+
+
+def rivals() -> dict[str, Callable[..., Tensor]]:
+    """By name, ours first. flash-attn is not among them: it takes no bias."""
+    functions = {"fvm_fast": ours, "timm's order": timm_order, "SDPA": sdpa}
+    if gpu.is_used() and importlib.util.find_spec("xformers"):
+        functions["xformers"] = xformers
+    return functions
+
+
 def cut(qkv: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [B, windows * heads, N, d]."""
     B, side, w = size.B, size.side, size.window
@@ -121,7 +144,7 @@ def problem(title: str, size: Size, dtype: torch.dtype, v2: bool = False) -> Pro
         f"{title}, {size}",
         rivals_on(
             [qkv, attn_bias, logit_scale, shift_mask(size), size],
-            {"fvm_fast": ours, "timm's order": timm_order, "SDPA": sdpa},
+            rivals(),
             {"timm's, torch.compile": timm_order},
         ),
         dtype,

@@ -29,6 +29,17 @@ TABLE = ROOT / "cuda" / "RESOURCES.csv"
 # Bytes of dynamic shared memory that a typical launch asks for, by kernel; the machine code does not tell them. The
 # first pattern that matches the whole name counts.
 DYNAMIC_SHARED = {
+    r"(embed|image_gradient|weight_gradient|log_sums|make_gradient|product)<.*>": 32
+    << 10,  # both operands of two steps
+    # Swin's windows of 49 tokens with heads of 32 channels, and of 128 where the kernel is for more
+    r"attend<(bf16|fp16), 32>": 16_057,
+    r"attend<fp32, 32>": 19_001,
+    r"attend<(bf16|fp16), 128>": 52_921,
+    r"attend<fp32, 128>": 55_865,
+    r"attend<fp64, 128>": 52_793,
+    r"differentiate<(bf16|fp16)>": 44_985,
+    r"differentiate<fp32>": 32_953,
+    r"differentiate<fp64>": 27_065,
     r"invert_index": 8 * 197,  # the patches of a ViT at 224 px
 }
 
@@ -177,8 +188,8 @@ def demangled(symbols: list[str]) -> list[str]:
 
 def short_name(name: str) -> str:
     """``gather_rows<bf16, 8>`` of ``void fvm::cuda::(anonymous namespace)::gather_rows<__nv_bfloat16, 8>(...)``."""
-    name = name.replace("(anonymous namespace)::", "").partition("(")[0].removeprefix("void ")
-    name = re.sub(r"\(.*?\)", "", re.sub(r"fvm::(cuda::)?", "", name))
+    name = re.sub(r"\(fvm::[\w:]+\)(?=\d)", "", name.replace("(anonymous namespace)::", ""))  # the types of enumerators
+    name = re.sub(r"fvm::(cuda::)?", "", name.partition("(")[0].removeprefix("void "))
     for long, short in (("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("float", "fp32"), ("double", "fp64")):
         name = re.sub(rf"\b{long}\b", short, name)
     return name

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+import gpu
 import machine
 import report
 import torch
@@ -41,8 +42,9 @@ def measure(problem: Problem, which: str, seconds: float) -> list[Measurement]:
         Disagreement: a rival's answer is not ours.
     """
     runs = check(problem, which)
-    extra = {name: peak_extra_bytes(run) for name, run in runs.items()}
-    samples = time_in_turns(runs, seconds)
+    peak, timer = (gpu.peak_extra_bytes, gpu.time_in_turns) if gpu.is_used() else (peak_extra_bytes, time_in_turns)
+    extra = {name: peak(run) for name, run in runs.items()}
+    samples = timer(runs, seconds)
     return [Measurement(name, samples[name], extra[name]) for name in runs]
 
 
@@ -69,7 +71,8 @@ def _forward_backward(rival: Rival) -> list[Tensor]:
 @lru_cache(maxsize=2)
 def _output_gradient(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Noise, made once: ones would let a rival get away with mixing up tokens."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return noise.to(torch.get_default_device(), dtype)
 
 
 def validate(results: dict[str, Sequence[Tensor]], tolerance: float) -> None:
@@ -158,6 +161,7 @@ def parse_arguments(description: str, argv: Sequence[str] | None = None) -> argp
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, little time: does it run, roughly how fast")
     parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, help="time for each table (2; quick 0.3); three rounds at least")
     parser.add_argument("--only", default="", metavar="WORDS", help="only the problems whose title has these words")
@@ -166,6 +170,8 @@ def parse_arguments(description: str, argv: Sequence[str] | None = None) -> argp
     args = parser.parse_args(argv)
     if args.write and (args.quick or args.only or args.no_compile or args.dtype != "all"):
         parser.error("--write records complete runs: drop --quick, --only, --no-compile and --dtype")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a GPU, torch sees none")
     if args.seconds is None:
         args.seconds = 0.3 if args.quick else 2.0
     args.dtypes = list(DTYPES.values()) if args.dtype == "all" else [DTYPES[args.dtype]]
@@ -188,6 +194,7 @@ def main(
     """
     args = parse_arguments(description, argv)
     torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     torch.manual_seed(0)
     name = report.section_name(Path(script).stem)
     parts = [f"## {name}\n\n{machine.describe()}.\n"]

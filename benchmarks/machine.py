@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import gpu
 import torch
 
 from fvm_fast.ops._backend import isa
@@ -15,6 +16,8 @@ from fvm_fast.ops._backend import isa
 
 def describe() -> str:
     """One line that names processor, cores, instruction set, torch, threads, and how busy others keep the machine."""
+    if gpu.is_used():
+        return gpu.describe()
     core = f"compiled core on {isa()}" if isa() else "no compiled core"
     blas = torch.backends.cpu.get_cpu_capability()
     return (
@@ -57,6 +60,8 @@ def _best_seconds(call: Callable[[], object], seconds: float = 0.1) -> float:
     while calls < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
+        if gpu.is_used():
+            torch.cuda.synchronize()
         best, calls = min(best, time.perf_counter() - start), calls + 1
     return best
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import gpu
 import machine
 from problem import Floor, Measurement, Problem
 
@@ -80,7 +81,9 @@ def _floor_sentence(floor: Floor, flops: float, bandwidth: float) -> str:
 
 
 def section_name(script: str) -> str:
-    """The script's name; under ``FVM_FAST_ISA`` with the instruction set behind it, so that both tables are kept."""
+    """The script's name, with the GPU or the set of ``FVM_FAST_ISA`` behind it, so that all tables are kept."""
+    if gpu.is_used():
+        return f"{script}_cuda"
     return f"{script}_{isa()}" if os.environ.get("FVM_FAST_ISA") else script
 
 

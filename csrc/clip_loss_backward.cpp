@@ -58,7 +58,7 @@ int64_t clip_loss_bwd_workspace(int64_t n, int64_t m, int64_t D, int64_t teacher
 void clip_loss_bwd(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
                    Maybe<const double> row_targets, Maybe<const double> col_targets, Maybe<const void> teacher_x,
                    Maybe<const void> teacher_y, const double* lse, Maybe<const void> kept, Maybe<void> dx,
-                   Maybe<void> dy, void* dscale, void* workspace, double scale, double dloss, double teacher_scale,
+                   Maybe<void> dy, void* dscale, void* workspace, Scalar scale, Scalar dloss, Scalar teacher_scale,
                    double teacher_weight, double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D,
                    int64_t teacher_D, int64_t kept_size, Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {

@@ -163,7 +163,7 @@ int64_t info_nce_loss_fwd_workspace(int64_t n, int64_t K, int64_t D, bool want_p
 }
 
 void info_nce_loss_fwd(const void* query, Maybe<const void> positive, Maybe<const void> keys, double* stats, void* loss,
-                       Maybe<void> pull, void* workspace, double scale, int64_t n, int64_t K, int64_t D, Dtype dtype,
+                       Maybe<void> pull, void* workspace, Scalar scale, int64_t n, int64_t K, int64_t D, Dtype dtype,
                        int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
     Workspace ws(workspace);

@@ -57,8 +57,8 @@ int64_t info_nce_loss_bwd_workspace(int64_t n, int64_t K, int64_t D, Dtype dtype
 }
 
 void info_nce_loss_bwd(const void* query, const void* keys, Maybe<const int32_t> row_ids, Maybe<const int32_t> key_ids,
-                       const double* lse, Maybe<const double> share, void* dkeys, void* workspace, double scale,
-                       double dloss, int64_t n, int64_t K, int64_t D, Dtype dtype, int64_t threads) {
+                       const double* lse, Maybe<const double> share, void* dkeys, void* workspace, Scalar scale,
+                       Scalar dloss, int64_t n, int64_t K, int64_t D, Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
     Workspace ws(workspace);
     const GradientSpace<T> space(ws, n, K, D, false, true);

@@ -19,6 +19,16 @@ template <class T> struct Maybe {  // a pointer that may be null
 
 constexpr int64_t kOk = -1;
 
+// A number that comes from a tensor. Here it is the number, and on CUDA the address of the tensor (cuda/kernels.h), for
+// to read it on the host would mean to wait for the device.
+template <class T> struct FromTensor {
+  T value;
+  __attribute__((always_inline)) constexpr FromTensor(T value) : value(value) {}
+  __attribute__((always_inline)) constexpr operator T() const { return value; }
+};
+using Scalar = FromTensor<double>;
+using Seed = FromTensor<int64_t>;  // 0 or more; of dropout, and without it unused
+
 // clang-format off: the shapes stand in a column
 struct Kernels {
   const char* isa;
@@ -38,7 +48,7 @@ struct Kernels {
                         Maybe<double> target_sum,         // [1]: sum of targets times logits
                         Maybe<void> loss,                 // [1], where the pairs are all there are
                         Maybe<void> kept,                 // [kept_size]: similarities of first rows, for the backward
-                        void* workspace, double scale, double teacher_scale, double teacher_weight,
+                        void* workspace, Scalar scale, Scalar teacher_scale, double teacher_weight,
                         double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D, int64_t teacher_D,
                         int64_t kept_size, Dtype dtype, int64_t threads);
   int64_t (*clip_loss_bwd_workspace)(int64_t n, int64_t m, int64_t D, int64_t teacher_D, bool want_x, bool want_y,
@@ -51,7 +61,7 @@ struct Kernels {
                         Maybe<void> dx,                   // [n, D]
                         Maybe<void> dy,                   // [m, D]
                         void* dscale,                     // [1]
-                        void* workspace, double scale, double dloss, double teacher_scale, double teacher_weight,
+                        void* workspace, Scalar scale, Scalar dloss, Scalar teacher_scale, double teacher_weight,
                         double row_smoothing, double col_smoothing, int64_t n, int64_t m, int64_t D, int64_t teacher_D,
                         int64_t kept_size, Dtype dtype, int64_t threads);
   int64_t (*info_nce_loss_fwd_workspace)(int64_t n, int64_t K, int64_t D, bool want_pull, Dtype dtype, int64_t threads);
@@ -61,7 +71,7 @@ struct Kernels {
                             double* stats,               // [3, n]: lse - own logit, 1 - own probability, lse
                             void* loss,                  // []: mean of the first
                             Maybe<void> pull,            // [n, D]: gradient of the first by the query, over the scale
-                            void* workspace, double scale, int64_t n, int64_t K, int64_t D, Dtype dtype,
+                            void* workspace, Scalar scale, int64_t n, int64_t K, int64_t D, Dtype dtype,
                             int64_t threads);
   int64_t (*info_nce_loss_bwd_workspace)(int64_t n, int64_t K, int64_t D, Dtype dtype, int64_t threads);
   void (*info_nce_loss_bwd)(const void* query, const void* keys,
@@ -70,29 +80,29 @@ struct Kernels {
                             const double* lse,             // [n]
                             Maybe<const double> share,     // [n]: of a row in each of its positives
                             void* dkeys,                   // [K, D]
-                            void* workspace, double scale, double dloss, int64_t n, int64_t K, int64_t D, Dtype dtype,
+                            void* workspace, Scalar scale, Scalar dloss, int64_t n, int64_t K, int64_t D, Dtype dtype,
                             int64_t threads);
   int64_t (*nt_xent_loss_fwd_workspace)(int64_t R, int64_t D, Dtype dtype, int64_t threads);
   void (*nt_xent_loss_fwd)(const void* z,              // [R, D]: rows i and i + R/2 are positives of one another
                            double* lse,                // [R]: of a row's logits but its own
                            double* positive_sum,       // [1]: of the logits of the R/2 positive pairs
                            void* loss,                 // []: of these rows alone
-                           void* workspace, double scale, int64_t R, int64_t D, Dtype dtype, int64_t threads);
+                           void* workspace, Scalar scale, int64_t R, int64_t D, Dtype dtype, int64_t threads);
   int64_t (*nt_xent_loss_bwd_workspace)(int64_t R, int64_t D, Dtype dtype, int64_t threads);
   void (*nt_xent_loss_bwd)(const void* z,
                            const double* lse,          // [R]
                            Maybe<void> dz,             // [R, D]
                            void* dscale,               // []
-                           void* workspace, double scale,
+                           void* workspace, Scalar scale,
                            double weight,              // of a row in the loss
-                           double dloss, int64_t R, int64_t D, Dtype dtype, int64_t threads);
+                           Scalar dloss, int64_t R, int64_t D, Dtype dtype, int64_t threads);
   int64_t (*siglip_loss_workspace)(int64_t n, int64_t m, int64_t D, bool want_x, bool want_y, Dtype dtype,
                                    int64_t threads);
   void (*siglip_loss)(const void* x,                      // [n, D]
                       const void* y,                      // [m, D]
                       Maybe<const int32_t> row_ids,       // [n], 0 or more; null: their numbers
                       Maybe<const int32_t> col_ids,       // [m]
-                      double scale, double bias,
+                      Scalar scale, Scalar bias,
                       double weight,                      // of a pair in the loss
                       void* loss,                         // [1]
                       void* slopes,                       // [2]: its derivatives by the scale and by the bias
@@ -171,7 +181,7 @@ struct Kernels {
                                Maybe<const void> logit_scale,  // [heads] of S: given, q and k are compared by cosine
                                Maybe<const void> pad_qkv,      // [3C] of S: tokens outside of the map, zero without it
                                void* out,                      // [B, H, W, C]
-                               void* workspace, double scale, double mask_value, double dropout_p, int64_t seed,
+                               void* workspace, double scale, double mask_value, double dropout_p, Seed seed,
                                bool pad_then_roll, bool heads_outermost, int64_t B, int64_t H, int64_t W, int64_t heads,
                                int64_t d, int64_t wh, int64_t ww, int64_t sh, int64_t sw, Dtype dtype, int64_t threads);
   int64_t (*window_attention_bwd_workspace)(int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t wh,
@@ -183,7 +193,7 @@ struct Kernels {
                                Maybe<void> dbias,              // [heads, N, N] of S
                                Maybe<void> dlogit_scale,       // [heads] of S
                                Maybe<void> dpad_qkv,           // [3C] of S
-                               void* workspace, double scale, double mask_value, double dropout_p, int64_t seed,
+                               void* workspace, double scale, double mask_value, double dropout_p, Seed seed,
                                bool pad_then_roll, bool heads_outermost, int64_t B, int64_t H, int64_t W, int64_t heads,
                                int64_t d, int64_t wh, int64_t ww, int64_t sh, int64_t sw, Dtype dtype, int64_t threads);
 };

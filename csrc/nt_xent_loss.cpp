@@ -102,7 +102,7 @@ int64_t nt_xent_loss_fwd_workspace(int64_t R, int64_t D, Dtype dtype, int64_t) {
   });
 }
 
-void nt_xent_loss_fwd(const void* z, double* lse, double* positive_sum, void* loss, void* workspace, double scale,
+void nt_xent_loss_fwd(const void* z, double* lse, double* positive_sum, void* loss, void* workspace, Scalar scale,
                       int64_t R, int64_t D, Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
     *positive_sum = forward(static_cast<const T*>(z), R, D, scale, lse, workspace, team(threads, R * R / 2 * D));

@@ -153,8 +153,8 @@ int64_t nt_xent_loss_bwd_workspace(int64_t R, int64_t D, Dtype dtype, int64_t) {
   });
 }
 
-void nt_xent_loss_bwd(const void* z, const double* lse, Maybe<void> dz, void* dscale, void* workspace, double scale,
-                      double weight, double dloss, int64_t R, int64_t D, Dtype dtype, int64_t threads) {
+void nt_xent_loss_bwd(const void* z, const double* lse, Maybe<void> dz, void* dscale, void* workspace, Scalar scale,
+                      double weight, Scalar dloss, int64_t R, int64_t D, Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
     Workspace ws(workspace);
     const NtXentBackward<T> backward(ws, R, D, scale, weight);

@@ -41,6 +41,10 @@ template <> struct Arg<double> {
   using type = double;
   static double check(type x) { return x; }
 };
+template <class T> struct Arg<FromTensor<T>> {
+  using type = T;
+  static FromTensor<T> check(type x) { return x; }
+};
 template <> struct Arg<bool> {
   using type = bool;
   static bool check(type x) { return x; }

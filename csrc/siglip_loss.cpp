@@ -70,8 +70,8 @@ int64_t siglip_loss_workspace(int64_t n, int64_t m, int64_t D, bool want_x, bool
   });
 }
 
-void siglip_loss(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids, double scale,
-                 double bias, double weight, void* loss, void* slopes, Maybe<void> dx, Maybe<void> dy, void* workspace,
+void siglip_loss(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids, Scalar scale,
+                 Scalar bias, double weight, void* loss, void* slopes, Maybe<void> dx, Maybe<void> dy, void* workspace,
                  int64_t n, int64_t m, int64_t D, Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
     using A = Acc<T>;

@@ -114,9 +114,9 @@ int64_t window_attention_fwd_workspace(int64_t B, int64_t H, int64_t W, int64_t 
 
 void window_attention_fwd(const void* qkv, Maybe<const void> bias, Maybe<const void> logit_scale,
                           Maybe<const void> pad_qkv, void* out, void* workspace, double scale, double mask_value,
-                          double dropout_p, int64_t seed, bool pad_then_roll, bool heads_outermost, int64_t B,
-                          int64_t H, int64_t W, int64_t heads, int64_t d, int64_t wh, int64_t ww, int64_t sh,
-                          int64_t sw, Dtype dtype, int64_t threads) {
+                          double dropout_p, Seed seed, bool pad_then_roll, bool heads_outermost, int64_t B, int64_t H,
+                          int64_t W, int64_t heads, int64_t d, int64_t wh, int64_t ww, int64_t sh, int64_t sw,
+                          Dtype dtype, int64_t threads) {
   with_dtype(dtype, [&]<class T>() {
     auto parameter = [](Maybe<const void> p) { return static_cast<const Acc<T>*>(p.p); };
     const WindowInputs<T> in{.grid = {B, H, W, heads, d, wh, ww, sh, sw, pad_then_roll},

@@ -25,6 +25,8 @@ namespace fvm::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 template <class T> using Acc = std::conditional_t<std::is_same<T, double>::value, double, float>;
+template <class T> constexpr bool kIsHalf = sizeof(T) == 2;
+template <class T> constexpr int kChunk = 16 / sizeof(T);  // values that are moved at once
 
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
@@ -50,6 +52,18 @@ template <class F> cudaError_t with_dtype(Dtype dtype, F&& f) {
     case Dtype::f16: return f(fp16{});
     default: return cudaErrorInvalidValue;
   }
+}
+
+// ---- sizes
+
+template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+__host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+__host__ __device__ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Whether all these addresses are multiples of so many bytes; null is one.
+template <class... P> bool aligned(int64_t bytes, const P*... addresses) {
+  return ((reinterpret_cast<uintptr_t>(addresses) % bytes == 0) && ...);
 }
 
 // ---- vectors: N neighbours that are moved at once
@@ -80,9 +94,7 @@ template <class T, int N> __device__ __forceinline__ Pack<T, N> narrow(const Acc
 
 // Calls f with the width of a pack: 16 bytes where rows of D values can be cut so at all these addresses, else one value.
 template <class T, class F, class... P> cudaError_t with_width(int64_t D, F&& f, const P*... rows) {
-  constexpr int kWide = 16 / sizeof(T);
-  const bool aligned = ((reinterpret_cast<uintptr_t>(rows) % 16 == 0) && ...);
-  if (D % kWide == 0 && aligned) return f(std::integral_constant<int, kWide>{});
+  if (D % kChunk<T> == 0 && aligned(16, rows...)) return f(std::integral_constant<int, kChunk<T>>{});
   return f(std::integral_constant<int, 1>{});
 }
 
@@ -90,8 +102,6 @@ template <class T, class F, class... P> cudaError_t with_width(int64_t D, F&& f,
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
 // For blocks of one dimension.
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }

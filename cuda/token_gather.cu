@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kWarp)
 // dx[b, P + t] = sum of dout[b, P + i] over ids[b, i] = t, and dx[b, p] = dout[b, p] for the P rows of a prefix. Rows
 // that are the copy of one row are left to sum_images where that moves them.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // else sm_120 takes 32 registers and spills
     sum_rows(const T* __restrict__ dout, int64_t* __restrict__ workspace, T* __restrict__ dx, int64_t rows, int64_t P,
              int64_t targets, int64_t n, int64_t D, bool but_copies) {
   const int64_t row = warp_of_grid();
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
 // For row l of the decoder's input, a block for 32 packs of it: dpos[l] = sum over images, and the part of it that came
 // from mask tokens. While dout is here, rows of dx that are a copy of one of its rows are written, so it is read once.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     sum_images(const T* __restrict__ dout, const int64_t* __restrict__ ids, int64_t* __restrict__ workspace,
                T* __restrict__ dx, T* __restrict__ dpos, Acc<T>* __restrict__ masked_sums, int64_t B, int64_t P,
                int64_t K, int64_t L, int64_t D, int64_t pos_from) {

@@ -61,11 +61,14 @@ def backend(name: str) -> Iterator[None]:
         _mode = before
 
 
-def use_native(op: str, *tensors: Tensor | None) -> bool:
-    """Whether ``op`` runs in the compiled core for these tensors; raises when native was demanded and cannot be had."""
+def use_native(op: str, *tensors: Tensor | None, not_on_cuda: str | None = None) -> bool:
+    """Whether ``op`` runs in a compiled core for these tensors; raises when native was demanded and cannot be had.
+
+    ``not_on_cuda`` is the reason why the CUDA kernels, if the tensors are for them, do not serve these arguments.
+    """
     if _mode == "torch":
         return False
-    why = why_not_native(*tensors) or _why_not_cuda(op, *tensors)
+    why = why_not_native(*tensors) or _why_not_cuda(op, not_on_cuda, *tensors)
     if why is not None and _mode == "native":
         raise RuntimeError(f"{op}: the native backend was asked for, but {why}; use backend('auto') or 'torch'")
     return why is None
@@ -94,14 +97,14 @@ def why_not_native(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def _why_not_cuda(op: str, *tensors: Tensor | None) -> str | None:
+def _why_not_cuda(op: str, limit: str | None, *tensors: Tensor | None) -> str | None:
     """The reason why the CUDA kernels cannot run ``op`` on the device of these tensors; None on other devices."""
     device = next((t.device for t in tensors if t is not None), None)  # they are all on one
     if device is None or device.type not in _CUDA_DEVICES:
         return None
     if not any(kernel.startswith(op) for kernel in _C_cuda.kernels):
         return "it has no CUDA kernel in this build"
-    return _why_not_on_gpu(device.index) if device.type == "cuda" else None
+    return limit or (_why_not_on_gpu(device.index) if device.type == "cuda" else None)
 
 
 @torch.compiler.assume_constant_result
@@ -149,6 +152,24 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if enabled else None
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether kernels of ``_C_cuda`` serve ``x``, so that reading a number out of it would wait for the device."""
+    return x.device.type in _CUDA_DEVICES
+
+
+def number(x: Tensor | float, like: Tensor) -> Tensor | float:
+    """``x``, of one element, as kernels beside ``like`` take a number that came from a tensor.
+
+    Returns:
+        A float on the CPU; on CUDA a 0-d float64 tensor, which nobody waits for. Arithmetic reads the same on both.
+    """
+    if like.device.type not in _CUDA_DEVICES:
+        return float(x)
+    if isinstance(x, Tensor):
+        return x.detach().reshape(()).to(torch.float64)
+    return like.new_full((), x, dtype=torch.float64)
+
+
 def _argument(value):
     """A Tensor as its address, a dtype as its code, None as null; numbers pass."""
     if isinstance(value, Tensor):
@@ -186,9 +207,12 @@ def call(kernel: str, *args) -> int | None:
 
 def workspace(query: str, *sizes, like: Tensor) -> Tensor:
     """Bytes on the device of ``like``, as many as the function ``query`` of ``kernels.h`` tells for these sizes."""
-    on_cuda = like.device.type in _CUDA_DEVICES
     arguments = map(_argument, sizes)
-    n = getattr(_C_cuda, query)(*arguments) if on_cuda else getattr(_C, query)(*arguments, torch.get_num_threads())
+    n = (
+        getattr(_C_cuda, query)(*arguments)
+        if on_cuda(like)
+        else getattr(_C, query)(*arguments, torch.get_num_threads())
+    )
     return like.new_empty(n, dtype=torch.uint8)
 
 

@@ -25,7 +25,7 @@ def direct(
             way while gradients are not recorded; else ``op`` says that it is differentiated once.
     """
     if backward is None:
-        return lambda *args: kernel(*args) if not torch.is_grad_enabled() and _is_plain(args) else op(*args)
+        return lambda *args: kernel(*args) if not torch.is_grad_enabled() and is_plain(args) else op(*args)
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernel(*args)
@@ -36,14 +36,14 @@ def direct(
     function = type(f"{op.__name__}_function", (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if not _is_plain(args):
+        if not is_plain(args):
             return op(*args)
         return function.apply(*args) if torch.is_grad_enabled() else kernel(*args)
 
     return call
 
 
-def _is_plain(args: tuple) -> bool:
+def is_plain(args: tuple) -> bool:
     """Whether torch only computes: no compiler, no tracer, no dispatch mode, no tensor that is more than a tensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False

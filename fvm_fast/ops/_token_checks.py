@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fvm_fast.ops._backend import autocast_dtype
+from fvm_fast.ops._backend import autocast_dtype, on_cuda
+from fvm_fast.ops._direct import is_plain
 
 Statistics = Sequence[float] | Tensor | None
 
@@ -57,8 +58,25 @@ def statistics(mean: Statistics, std: Statistics, images: Tensor) -> tuple[Tenso
         if numbers != C:
             raise ValueError(f"patch_embed: expected {name} with {C} numbers (one a channel), got {numbers}")
     return tuple(
-        torch.as_tensor(s, dtype=torch.float64, device=images.device).reshape(C).contiguous() for s in (mean, std)
+        (s.to(images.device, torch.float64) if isinstance(s, Tensor) else _constants(tuple(s), images))
+        .reshape(C)
+        .contiguous()
+        for s in (mean, std)
     )
+
+
+# By numbers and device. Numbers of the host get there by a copy that waits, so they are copied once.
+_on_devices: dict[tuple, Tensor] = {}
+
+
+def _constants(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    if not (on_cuda(like) and is_plain((like,))):  # what a tracer or a mode makes of them is nobody else's
+        return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    key = (numbers, like.device)
+    if key not in _on_devices:
+        with torch.inference_mode(False):  # else they could not be saved for a backward later
+            _on_devices[key] = torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    return _on_devices[key]
 
 
 def check_shapes(images, weight, bias, ids_keep, mask, mask_token) -> None:

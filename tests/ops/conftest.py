@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the op tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,18 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _backend._C.set_isa(request.param)
     yield request.param
     _backend._C.set_isa(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> Iterator[None]:
+    """FVM_TEST_DEVICE=cuda makes the tensors of all tests on the GPU, so that the ops run there."""
+    if (wanted := os.environ.get("FVM_TEST_DEVICE") or "cpu") == "cpu":
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.exit(f"FVM_TEST_DEVICE={wanted}: expected a GPU, torch sees none; unset it for the CPU", returncode=2)
+    with torch.device(wanted):
+        yield
 
 
 @pytest.fixture(autouse=True)

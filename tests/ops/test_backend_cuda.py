@@ -2,16 +2,18 @@
 """How tensors get to the CUDA kernels: the choice, the launch and what surrounds it, as far as no GPU is needed."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fvm_fast.ops import _backend, backend, gather_tokens
+from fvm_fast.ops import _backend, backend, gather_tokens, window_attention, window_attention_reference
 
 
 class Recorder:
@@ -89,11 +91,6 @@ def test_an_old_gpu_takes_the_torch_path(core):
 def test_cpu_tensors_do_not_ask_for_a_gpu(core, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: pytest.fail("asked"))
     assert _backend.use_native("gather_tokens", torch.ones(1, 1, 1))
-
-
-def test_ops_are_registered_for_cuda():
-    for name in ("gather_tokens", "gather_tokens_bwd"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fvm_fast::{name}", "CUDA")
 
 
 def test_shapes_are_traced_on_a_gpu(core):
@@ -197,3 +194,145 @@ def test_workspaces_are_on_the_device_of_the_tensors(core, monkeypatch):
         memory = _backend.workspace("some_workspace", 4, torch.float32, like=x)
     assert memory.shape == (24,) and memory.dtype == torch.uint8 and memory.device == x.device
     assert core.calls == [(4, 1)]
+
+
+# ---- every op: its kernels on fake tensors of the second GPU, whose numbers nobody can read
+
+GPU = torch.device("cuda:1")
+
+
+class AnyKernel:
+    """Like the recorder, for kernels of any name."""
+
+    def __init__(self) -> None:
+        self.calls, self.set_up_devices = [], []
+
+    def set_up(self, device: int) -> None:
+        self.set_up_devices.append(device)
+
+    def __getattr__(self, name: str):
+        def record(*args) -> int:
+            self.calls.append((name, args))
+            return 24
+
+        return record
+
+
+def kernel_of(module: str, name: str) -> Callable:
+    """What runs on a GPU below the dispatcher, which gives shapes for fake tensors and stops there."""
+    return getattr(importlib.import_module(f"fvm_fast.ops.{module}"), name)
+
+
+def run_gather() -> None:
+    x, ids = torch.empty(2, 5, 3, device=GPU), torch.zeros(2, 4, dtype=torch.int64, device=GPU)
+    out = kernel_of("token_gather", "_gather_kernel")(x, ids)
+    kernel_of("token_gather", "_gather_bwd_kernel")(out, ids, 5)
+
+
+def run_restore() -> None:
+    x, mask_token, pos = (torch.empty(shape, device=GPU) for shape in ((2, 3, 4), (4,), (6, 4)))
+    ids = torch.zeros(2, 5, dtype=torch.int64, device=GPU)
+    out = kernel_of("token_gather", "_restore_kernel")(x, ids, mask_token, pos, 1)
+    kernel_of("token_gather", "_restore_bwd_kernel")(out, ids, 1, 2, 6, True, True, True)
+
+
+def run_patch_embed() -> None:
+    images, weight = torch.empty(2, 3, 8, 12, device=GPU), torch.empty(5, 3, 4, 4, device=GPU)
+    statistics = [torch.empty(3, dtype=torch.float64, device=GPU)] * 2
+    ids, mask = torch.zeros(2, 4, dtype=torch.int64, device=GPU), torch.zeros(2, 6, dtype=torch.bool, device=GPU)
+    bias, pos, prefix = (torch.empty(shape, device=GPU) for shape in ((5,), (7, 5), (1, 5)))
+    out = kernel_of("patch_embed", "_kernel")(images, weight, bias, pos, prefix, ids, *statistics, mask, bias)
+    kernel_of("patch_embed", "_bwd_kernel")(out, images, weight, ids, *statistics, mask, 1, 7, [True] * 6)
+
+
+def run_window_attention() -> None:
+    qkv, bias, logit_scale, pad = (torch.empty(s, device=GPU) for s in ((1, 5, 7, 24), (2, 9, 9), (2,), (24,)))
+    seed = torch.zeros((), dtype=torch.int64, device=GPU)
+    inputs = (qkv, bias, logit_scale, pad, seed, 2, (3, 3), (1, 1), 1.0, -100.0, False, False, 0.5)
+    out = kernel_of("window_attention.window_attention", "_kernel")(*inputs)
+    kernel_of("window_attention.window_attention", "_bwd_kernel")(out, [True] * 4, *inputs)
+
+
+def loss_inputs(K: int = 6) -> tuple[torch.Tensor, ...]:
+    """Features [6, 8] and [K, 8], a number, ids [6] and [K]."""
+    return (
+        *(torch.empty(n, 8, device=GPU) for n in (6, K)),
+        torch.empty((), device=GPU),
+        *(torch.zeros(n, dtype=torch.int64, device=GPU) for n in (6, K)),
+    )
+
+
+def run_clip_loss() -> None:
+    x, y, scale, *ids = loss_inputs(7)
+    for targets in ((*ids, None, None, None), (None, None, x, y, scale)):
+        _, *saved = kernel_of("contrastive_loss.clip_loss", "_clip_kernel")(x, y, scale, *targets, 0.5, 0.1, True)
+        want = (True, True, True)
+        kernel_of("contrastive_loss.clip_loss", "_clip_bwd_kernel")(
+            scale, x, y, scale, *targets, *saved, 0.5, 0.1, *want
+        )
+
+
+def run_siglip_loss() -> None:
+    x, y, scale, *ids = loss_inputs()
+    _, *saved = kernel_of("contrastive_loss.siglip_loss", "_siglip_kernel")(x, y, scale, scale, *ids, True, True)
+    kernel_of("contrastive_loss.siglip_loss", "_siglip_bwd_kernel")(scale, x, y, scale, scale, *saved, *[True] * 4)
+
+
+def run_nt_xent_loss() -> None:
+    z, _, temperature, *_ = loss_inputs()
+    _, lse = kernel_of("contrastive_loss.nt_xent_loss", "_nt_xent_kernel")(z, temperature)
+    kernel_of("contrastive_loss.nt_xent_loss", "_nt_xent_bwd_kernel")(temperature, z, temperature, lse, True, True)
+
+
+def run_info_nce_loss() -> None:
+    query, keys, temperature, *ids = loss_inputs(9)
+    for targets in ((None, None), ids):
+        inputs = (query, query, keys, temperature, *targets)
+        _, *saved = kernel_of("contrastive_loss.info_nce_loss", "_info_nce_kernel")(*inputs, True)
+        kernel_of("contrastive_loss.info_nce_loss", "_info_nce_bwd_kernel")(temperature, *inputs, *saved, *[True] * 4)
+
+
+RUNS = {
+    "gather_tokens": run_gather,
+    "restore_tokens": run_restore,
+    "patch_embed": run_patch_embed,
+    "window_attention": run_window_attention,
+    "clip_loss": run_clip_loss,
+    "siglip_loss": run_siglip_loss,
+    "nt_xent_loss": run_nt_xent_loss,
+    "info_nce_loss": run_info_nce_loss,
+}
+
+
+@pytest.mark.parametrize("op", RUNS)
+@pytest.mark.parametrize("capturing", (False, True), ids=("eager", "captured"))
+def test_every_op_launches_beside_its_tensors(core, monkeypatch, op, capturing):
+    """On their device and its current stream, with workspaces there; and a fake tensor raises if it is to be read."""
+    recorder = AnyKernel()
+    monkeypatch.setattr(_backend, "_C_cuda", recorder)
+    monkeypatch.setattr(_backend, "_argument", lambda value: value)
+    monkeypatch.setattr(_backend, "_set_up_devices", {1} if capturing else set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with FakeTensorMode(), torch.no_grad():
+        RUNS[op]()
+    launches = [(name, args) for name, args in recorder.calls if isinstance(args[-1], tuple)]
+    assert {name.split("_fwd")[0].split("_bwd")[0] for name, _ in launches} >= {op}
+    for name, args in launches:
+        assert args[-1] == (1, 71, None), name
+        assert all(a.device == GPU for a in args if isinstance(a, torch.Tensor)), name
+    assert recorder.set_up_devices == ([] if capturing else [1])
+
+
+@pytest.mark.parametrize("op", RUNS)
+def test_every_op_is_registered_for_cuda(op):
+    for name in (op, f"{op}_bwd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fvm_fast::{name}", "CUDA")
+
+
+def test_heads_that_are_too_large_take_the_torch_path(core, monkeypatch):
+    monkeypatch.setattr(core, "kernels", ("window_attention_fwd",), raising=False)
+    monkeypatch.setattr(_backend, "_CUDA_DEVICES", ("cuda", "cpu"))
+    qkv, options = torch.randn(1, 2, 2, 3 * 136), {"num_heads": 1, "window_size": 2}
+    assert torch.equal(window_attention(qkv, **options), window_attention_reference(qkv, **options))
+    with backend("native"), pytest.raises(RuntimeError, match="heads of at most 128 channels, and these have 136"):
+        window_attention(qkv, **options)

@@ -9,6 +9,8 @@ from torch import Tensor
 from fvm_fast.ops._backend import call, workspace
 from fvm_fast.ops.contrastive_loss._targets import loss_dtype, small_ids
 
+Number = Tensor | float  # of :func:`number`: a tensor on CUDA
+
 
 class Side(NamedTuple):
     """What the kernels know of each row, or column, of the joined batch.
@@ -32,21 +34,21 @@ class Softness(NamedTuple):
     """How targets are softened: by a teacher, and by smoothing over all rows and columns of the joined batch."""
 
     alpha: float
-    teacher_scale: float
+    teacher_scale: Number
     smoothing: float
     rows: int
     columns: int
 
-    def kernel_numbers(self) -> tuple[float, float, float, float]:
+    def kernel_numbers(self) -> tuple[Number, float, float, float]:
         """teacher_scale, teacher_weight, row_smoothing, col_smoothing of ``csrc/kernels.h``."""
         keep = 1 - self.smoothing
         return self.teacher_scale, keep * self.alpha, self.smoothing / self.columns, self.smoothing / self.rows
 
 
-def side_weights(positives: Tensor, count: int, softness: Softness) -> Tensor:
+def side_weights(positives: Tensor, count: Tensor, softness: Softness) -> Tensor:
     """:attr:`Side.weights` of rows with so many ``positives``, ``count`` of them with any; no teacher's part yet."""
     weights = positives.new_zeros(3, len(positives))
-    weights[0] = (positives > 0).double() / (2 * max(count, 1))
+    weights[0] = (positives > 0).double() / (2 * count.clamp(min=1))
     weights[1] = weights[0] / positives.clamp(min=1) * ((1 - softness.smoothing) * (1 - softness.alpha))
     return weights
 
@@ -74,7 +76,7 @@ def kept_size(n: int, m: int, D: int, dtype: torch.dtype) -> int:
 def clip_forward(
     x: Side,
     y: Side,
-    scale: float,
+    scale: Number,
     softness: Softness,
     *,
     target_sum: Tensor | None = None,
@@ -102,8 +104,8 @@ def clip_backward(
     x: Side,
     y: Side,
     lse: Tensor,
-    scale: float,
-    dloss: float,
+    scale: Number,
+    dloss: Number,
     softness: Softness,
     want_x: bool,
     want_y: bool,
@@ -124,7 +126,7 @@ def clip_backward(
     return dx, dy, dscale
 
 
-def clip_block_forward(x: Side, y: Side, scale: float, softness: Softness) -> tuple[Tensor, Tensor, Tensor]:
+def clip_block_forward(x: Side, y: Side, scale: Number, softness: Softness) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps [n] and [m] of a block of logits and the sum [1] of its targets times logits, all float64."""
     x, y = _with_small_ids(x, y)
     target_sum = x.weights.new_empty(1)
@@ -137,8 +139,8 @@ def clip_block_backward(
     y: Side,
     row_lse: Tensor,
     col_lse: Tensor,
-    scale: float,
-    dloss: float,
+    scale: Number,
+    dloss: Number,
     softness: Softness,
     want_x: bool,
     want_y: bool,
@@ -163,8 +165,8 @@ def siglip_block(
     y: Tensor,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
-    scale: float,
-    bias: float,
+    scale: Number,
+    bias: Number,
     weight: float,
     want_x: bool,
     want_y: bool,
@@ -187,7 +189,7 @@ def siglip_block(
     return loss, slopes, dx, dy
 
 
-def nt_xent_forward(z: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def nt_xent_forward(z: Tensor, scale: Number) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows z [R, D], i and i + R/2 two views of one image.
 
     Returns:
@@ -203,7 +205,7 @@ def nt_xent_forward(z: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nt_xent_backward(
-    z: Tensor, lse: Tensor, scale: float, weight: float, dloss: float, want_z: bool
+    z: Tensor, lse: Tensor, scale: Number, weight: float, dloss: Number, want_z: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients for z [R, D] (or None) and for the scale [], in the loss's dtype; a row has ``weight`` in the loss."""
     (R, D), dtype, gradient_dtype = z.shape, z.dtype, loss_dtype(z)
@@ -215,7 +217,7 @@ def nt_xent_backward(
 
 
 def info_nce_forward(
-    query: Tensor, positive: Tensor | None, keys: Tensor, scale: float, want_pull: bool
+    query: Tensor, positive: Tensor | None, keys: Tensor, scale: Number, want_pull: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Queries [n, D] against keys [K, D], beside the own ``positive`` [n, D] of each.
 
@@ -239,8 +241,8 @@ def info_nce_backward(
     keys: Tensor,
     targets: tuple[Tensor, Tensor, Tensor] | None,
     lse: Tensor,
-    scale: float,
-    dloss: float,
+    scale: Number,
+    dloss: Number,
 ) -> Tensor:
     """Gradient [K, D], in the loss's dtype, for keys [K, D] that queries [n, D] of known ``lse`` [n] were compared to.
 

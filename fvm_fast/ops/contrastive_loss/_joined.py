@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fvm_fast.ops._backend import number
 from fvm_fast.ops.contrastive_loss._blocks import (
+    Number,
     Side,
     Softness,
     clip_block_backward,
@@ -68,11 +70,11 @@ def _weights(targets: Targets, ids: tuple[Tensor, Tensor], softness: Softness, r
         (cols,) = ring.turn(ring.sizes[1], [col_ids], [cols], count)
     else:
         rows, cols = rows + 1, cols + 1
-    counts = ring.sum(torch.stack([(rows > 0).sum(), (cols > 0).sum()])).tolist()
+    counts = ring.sum(torch.stack([(rows > 0).sum(), (cols > 0).sum()]))
     return [side_weights(positives, n, softness) for positives, n in zip((rows, cols), counts, strict=True)]
 
 
-def _lse_around(x: Side, y: Side, scale: float, softness: Softness, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
+def _lse_around(x: Side, y: Side, scale: Number, softness: Softness, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of this process's rows and columns over the joined batch; its rows' share of the sum of targets."""
     row_lse, col_lse = (torch.full_like(side.weights[0], -torch.inf) for side in (x, y))
     target_sum = row_lse.new_zeros(1)
@@ -104,7 +106,7 @@ class _JoinedClipLoss(torch.autograd.Function):
         ring = Ring(group, len(x), len(y), ctx.needs_input_grad[1], device=x.device)
         n, m = (sum(sizes) for sizes in ring.sizes[:2])
         check_sizes("clip_loss in a group", targets, n, m)
-        softness = Softness(teacher.alpha, float(teacher_scale), smoothing, n, m)
+        softness = Softness(teacher.alpha, number(teacher_scale, x), smoothing, n, m)
         ids = _ids(targets, ring)
         weights = _weights(targets, ids, softness, ring)
         rows, cols = (
@@ -114,7 +116,7 @@ class _JoinedClipLoss(torch.autograd.Function):
         if teacher.image is not None:
             lses = _lse_around(without_teacher(rows), without_teacher(cols), softness.teacher_scale, softness, ring)
             rows.weights[2], cols.weights[2] = lses[:2]
-        row_lse, col_lse, target_sum = _lse_around(rows, cols, float(scale), softness, ring)
+        row_lse, col_lse, target_sum = _lse_around(rows, cols, number(scale, x), softness, ring)
         ctx.save_for_backward(*rows, *cols, row_lse, col_lse, scale)
         ctx.ring, ctx.softness, ctx.factor = ring, softness, factor
         local = _dot(rows.weights[0], row_lse) + _dot(cols.weights[0], col_lse) - target_sum
@@ -130,11 +132,12 @@ class _JoinedClipLoss(torch.autograd.Function):
         dx = torch.zeros_like(rows.features, dtype=loss_dtype(rows.features))
         dy = torch.zeros_like(cols.features, dtype=loss_dtype(rows.features)) if want_y else None
         dscale = row_lse.new_zeros(1)
+        numbers = (number(scale, row_lse), number(dloss, row_lse))
 
         def visit(fixed, carried):
             if len(rows.ids) and len(fixed[0]):
                 grads = clip_block_backward(
-                    rows, _arrived(fixed), row_lse, fixed[4], float(scale), float(dloss), ctx.softness, want_x, want_y
+                    rows, _arrived(fixed), row_lse, fixed[4], *numbers, ctx.softness, want_x, want_y
                 )
                 if want_x:
                     dx.add_(grads[0])
@@ -188,11 +191,12 @@ class _JoinedSigLipLoss(torch.autograd.Function):
         dx = torch.zeros_like(x, dtype=loss_dtype(x))
         dy = torch.zeros_like(y, dtype=loss_dtype(x)) if want_y else None
         sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+        numbers = (number(scale, x), number(bias, x))
 
         def visit(fixed, carried):
             if len(x) and len(fixed[0]):
                 loss, slopes, block_dx, block_dy = siglip_block(
-                    x, fixed[0], row_ids, fixed[1], float(scale), float(bias), 1 / n, want_x, want_y
+                    x, fixed[0], row_ids, fixed[1], *numbers, 1 / n, want_x, want_y
                 )
                 sums[0] += loss
                 sums[1:] += slopes

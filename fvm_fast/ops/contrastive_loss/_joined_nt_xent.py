@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fvm_fast.ops._backend import number
 from fvm_fast.ops.contrastive_loss._blocks import (
     Side,
     Softness,
@@ -46,7 +47,7 @@ class _JoinedNtXentLoss(torch.autograd.Function):
         (sizes,) = ring.sizes
         total = sum(sizes)
         check_sizes("nt_xent_loss in a group", None, total, total)
-        z, scale, softness = z.contiguous(), 1 / float(temperature), Softness(0.0, 1.0, 0.0, total, total)
+        z, scale, softness = z.contiguous(), 1 / number(temperature, z), Softness(0.0, 1.0, 0.0, total, total)
         lse = torch.full((len(z),), -torch.inf, dtype=torch.float64, device=z.device)
         positive_sum = lse.new_zeros(1)
 
@@ -71,7 +72,7 @@ class _JoinedNtXentLoss(torch.autograd.Function):
         refuse_graph("nt_xent_loss")
         z, lse, temperature = ctx.saved_tensors
         want_z, want_temperature = ctx.needs_input_grad[:2]
-        scale, dloss, total = 1 / float(temperature), float(dloss), ctx.softness.rows
+        scale, dloss, total = 1 / number(temperature, z), number(dloss, z), ctx.softness.rows
         dz = torch.zeros_like(z, dtype=loss_dtype(z))
         dscale = lse.new_zeros(1)
 

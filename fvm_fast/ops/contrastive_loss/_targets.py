@@ -130,17 +130,24 @@ def row_numbers(n: int, device: torch.device, first: int = 0) -> Tensor:
     return torch.arange(first, first + n, dtype=torch.int32, device=device)
 
 
+# Ids are compared by sorting: to number or count them by value would wait for the device, to learn how many there are.
+
+
 def small_ids(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
     """int32 ids [n] and [m] of 0 and more that are equal where the given ones are, as the kernels take them."""
     if rows.dtype == cols.dtype == torch.int32:
         return rows, cols
-    _, places = torch.unique(torch.cat([rows, cols]), return_inverse=True)
-    rows, cols = places.int().split([len(rows), len(cols)])
+    both = torch.cat([rows, cols])
+    rows, cols = torch.searchsorted(both.sort().values, both, out_int32=True).split([len(rows), len(cols)])
     return rows.clone(), cols.clone()
+
+
+def occurrences(ids: Tensor, among: Tensor) -> Tensor:
+    """How often each of ``ids`` [n] is found ``among`` others [m] of its dtype: int64 [n]."""
+    ids, ordered = ids.contiguous(), among.sort().values
+    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
 
 def count_positives(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the number of columns of its id, for each column that of rows: float64 [n] and [m]."""
-    rows, cols = small_ids(rows, cols)
-    size = int(torch.cat([rows, cols]).max()) + 1
-    return torch.bincount(cols, minlength=size)[rows].double(), torch.bincount(rows, minlength=size)[cols].double()
+    return occurrences(rows, cols).double(), occurrences(cols, rows).double()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fvm_fast.ops._backend import use_native
+from fvm_fast.ops._backend import number, on_cuda, use_native
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import (
     Side,
@@ -104,8 +104,8 @@ def _sides(x, y, row_ids, col_ids, teacher_x, teacher_y, softness: Softness) -> 
     if row_ids is not None:
         row_ids, col_ids = small_ids(row_ids, col_ids)
         row_positives, col_positives = count_positives(row_ids, col_ids)
-        rows = side_weights(row_positives, int((row_positives > 0).sum()), softness)
-        cols = side_weights(col_positives, int((col_positives > 0).sum()), softness)
+        rows = side_weights(row_positives, (row_positives > 0).sum(), softness)
+        cols = side_weights(col_positives, (col_positives > 0).sum(), softness)
     elif teacher_x is not None:
         rows, cols = (single_positive_weights(len(t), t.device, softness) for t in (x, y))
         teacher_x, teacher_y = teacher_x.contiguous(), teacher_y.contiguous()
@@ -113,7 +113,8 @@ def _sides(x, y, row_ids, col_ids, teacher_x, teacher_y, softness: Softness) -> 
 
 
 def _softness(x, y, teacher_scale, alpha, smoothing) -> Softness:
-    return Softness(alpha, 1.0 if teacher_scale is None else float(teacher_scale), smoothing, x.shape[0], y.shape[0])
+    teacher_scale = number(1.0 if teacher_scale is None else teacher_scale, x)
+    return Softness(alpha, teacher_scale, smoothing, x.shape[0], y.shape[0])
 
 
 def _set_teacher(rows: Side, cols: Side, lse: Tensor) -> None:
@@ -127,17 +128,20 @@ def _clip_kernel(x, y, scale, row_ids, col_ids, teacher_x, teacher_y, teacher_sc
     if teacher_x is not None:
         teacher_lse = clip_forward(without_teacher(rows), without_teacher(cols), softness.teacher_scale, softness)
         _set_teacher(rows, cols, teacher_lse)
-    lse = clip_forward(rows, cols, float(scale), softness, loss=loss, kept=kept if keep else None)
+    lse = clip_forward(rows, cols, number(scale, x), softness, loss=loss, kept=kept if kept.shape[0] else None)
     return loss, lse, teacher_lse, kept
 
 
 def _clip_outputs(x, y, teacher_x, keep):
-    """Loss, the teacher's log-sum-exps of rows and columns, and similarities kept for the backward: empty."""
+    """Loss, the teacher's log-sum-exps of rows and columns, and similarities kept for the backward: empty.
+
+    On CUDA nothing is kept: tensor cores make similarities again in less time than memory would bring them.
+    """
     (n, D), m, dtype = x.shape, y.shape[0], loss_dtype(x)
     return (
         x.new_empty((), dtype=dtype),
         x.new_empty(0 if teacher_x is None else n + m, dtype=torch.float64),
-        x.new_empty(kept_size(n, m, D, dtype) if keep else 0, dtype=dtype),
+        x.new_empty(kept_size(n, m, D, dtype) if keep and not on_cuda(x) else 0, dtype=dtype),
     )
 
 
@@ -154,7 +158,9 @@ def _clip_bwd_kernel(
     rows, cols = _sides(x, y, row_ids, col_ids, teacher_x, teacher_y, softness)
     if teacher_x is not None:
         _set_teacher(rows, cols, teacher_lse)
-    dx, dy, dscale = clip_backward(rows, cols, lse, float(scale), float(dloss), softness, want_x, want_y, kept)
+    numbers = (number(scale, x), number(dloss, x))
+    kept = kept if kept.shape[0] else None
+    dx, dy, dscale = clip_backward(rows, cols, lse, *numbers, softness, want_x, want_y, kept)
     return (
         dx.to(x.dtype) if want_x else x.new_empty(0),
         dy.to(y.dtype) if want_y else y.new_empty(0),

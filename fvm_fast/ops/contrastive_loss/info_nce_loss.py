@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fvm_fast.ops._backend import use_native
+from fvm_fast.ops._backend import number, on_cuda, use_native
 from fvm_fast.ops._register import register_op
-from fvm_fast.ops.contrastive_loss._blocks import info_nce_backward, info_nce_forward
+from fvm_fast.ops.contrastive_loss._blocks import Number, info_nce_backward, info_nce_forward
 from fvm_fast.ops.contrastive_loss._targets import (
     ClassIds,
     check_features,
@@ -56,21 +56,37 @@ def info_nce_loss_reference(
 
 
 def _classes(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers of the rows' classes [n], of the columns' [K] (-1: no row has that id), and of columns in each, n + K."""
-    ids, rows, counts = torch.unique(row_ids, return_inverse=True, return_counts=True)
-    places = torch.searchsorted(ids, col_ids).clamp_(max=len(ids) - 1)
-    cols = torch.where(ids[places] == col_ids, places, -1)
-    return rows, cols, counts + torch.bincount(cols[cols >= 0], minlength=len(ids))
+    """Numbers below n of the classes of the rows [n] and of the columns [K], n where no row has a column's id; and how
+    many columns each row's class has [n], among the rows' own and the K.
+    """
+    n, ordered = len(row_ids), row_ids.sort().values
+    rows, places = (torch.searchsorted(ordered, ids.contiguous()) for ids in (row_ids, col_ids))
+    cols = torch.where(ordered[places.clamp(max=n - 1)] == col_ids, places, n)
+    classes = torch.cat([rows, cols])
+    counts = classes.new_zeros(n + 1).scatter_add_(0, classes, torch.ones_like(classes))
+    return rows, cols, counts[rows]
+
+
+def _add_by_class(sums: Tensor, x: Tensor, classes: Tensor) -> None:
+    """Add the rows of ``x`` [m, D] to ``sums`` [n, D] by their classes [m]; those of class n are left out."""
+    n = len(sums)
+    if on_cuda(x):  # where which ones to leave out is known to the device alone: they get sums of their own
+        places = torch.where(classes < n, classes, torch.arange(n, n + len(x), device=x.device))
+        padded = sums.new_zeros(n + len(x), x.shape[1])
+        # index_put_ adds in a fixed order on CUDA, which index_add_ does not
+        sums += padded.index_put_((places,), x.to(sums.dtype), accumulate=True)[:n]
+        return
+    kept = (classes < n).nonzero().squeeze(1)
+    sums.index_add_(0, classes[kept], x[kept].to(sums.dtype))
 
 
 def _mean_positives(positive_key: Tensor, negative_keys: Tensor, row_ids: Tensor, col_ids: Tensor) -> Tensor:
     """For each row [n, D] the mean of the keys with its id, in the loss's dtype."""
     rows, cols, counts = _classes(row_ids, col_ids)
-    sums = positive_key.new_zeros(len(counts), positive_key.shape[1], dtype=loss_dtype(positive_key))
-    sums.index_add_(0, rows, positive_key.to(sums.dtype))
-    places = (cols >= 0).nonzero().squeeze(1)
-    sums.index_add_(0, cols[places], negative_keys[places].to(sums.dtype))
-    return (sums / counts[:, None])[rows]
+    sums = torch.zeros_like(positive_key, dtype=loss_dtype(positive_key))
+    _add_by_class(sums, positive_key, rows)
+    _add_by_class(sums, negative_keys, cols)
+    return sums[rows] / counts[:, None]
 
 
 def _several_positives(query, positive_key, negative_keys, scale, row_ids, col_ids, want_pull):
@@ -93,7 +109,7 @@ def _several_positives(query, positive_key, negative_keys, scale, row_ids, col_i
 
 def _info_nce_kernel(query, positive_key, negative_keys, temperature, row_ids, col_ids, want_pull):
     features = (query.contiguous(), positive_key.contiguous(), negative_keys.contiguous())
-    scale = 1 / float(temperature)
+    scale = 1 / number(temperature, query)
     if row_ids is None:
         loss, stats, pull = info_nce_forward(*features, scale, want_pull)
     else:
@@ -113,8 +129,9 @@ def _info_nce_bwd_kernel(
     dloss, query, positive_key, negative_keys, temperature, row_ids, col_ids, stats, pull, want_query, want_positive,
     want_negatives, want_temperature,
 ):  # fmt: skip
-    scale = 1 / float(temperature)
-    factor = float(dloss) * scale / len(query)
+    scale = 1 / number(temperature, query)
+    dloss = number(dloss, query)
+    factor = dloss * scale / len(query)
     rows = (
         _Rows(query, stats[2], row_ids, col_ids) if want_negatives or (want_positive and row_ids is not None) else None
     )
@@ -124,9 +141,9 @@ def _info_nce_bwd_kernel(
     if want_positive and row_ids is None:
         dpositive = (query * (stats[1:2].T * -factor)).to(query.dtype)
     elif want_positive:
-        dpositive = rows.key_gradient(positive_key, rows.ids, scale, float(dloss))
+        dpositive = rows.key_gradient(positive_key, rows.ids, scale, dloss)
     if want_negatives:
-        dnegatives = rows.key_gradient(negative_keys, rows.negative_ids, scale, float(dloss))
+        dnegatives = rows.key_gradient(negative_keys, rows.negative_ids, scale, dloss)
     if want_temperature:
         dtemperature = ((pull * query).sum(dtype=torch.float64) * (-factor * scale)).to(temperature.dtype)
     return dquery, dpositive, dnegatives, dtemperature
@@ -140,10 +157,9 @@ class _Rows:
         self.ids = self.negative_ids = self.share = None
         if row_ids is not None:
             rows, cols, counts = _classes(row_ids, col_ids)
-            self.ids, self.share = rows.int(), 1 / counts[rows].double()
-            self.negative_ids = torch.where(cols < 0, len(counts), cols).int()
+            self.ids, self.share, self.negative_ids = rows.int(), 1 / counts.double(), cols.int()
 
-    def key_gradient(self, keys: Tensor, ids: Tensor | None, scale: float, dloss: float) -> Tensor:
+    def key_gradient(self, keys: Tensor, ids: Tensor | None, scale: Number, dloss: Number) -> Tensor:
         """Gradient [m, D] of keys [m, D] with these ids."""
         targets = None if ids is None else (self.ids, ids, self.share)
         return info_nce_backward(self.query, keys.contiguous(), targets, self.lse, scale, dloss).to(keys.dtype)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fvm_fast.ops._backend import use_native
+from fvm_fast.ops._backend import number, use_native
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import nt_xent_backward, nt_xent_forward
 from fvm_fast.ops.contrastive_loss._targets import (
@@ -56,7 +56,7 @@ def nt_xent_loss_reference(
 
 
 def _nt_xent_kernel(z, temperature):
-    return nt_xent_forward(z.contiguous(), 1 / float(temperature))[:2]
+    return nt_xent_forward(z.contiguous(), 1 / number(temperature, z))[:2]
 
 
 def _nt_xent_fake(z, temperature):
@@ -64,11 +64,11 @@ def _nt_xent_fake(z, temperature):
 
 
 def _nt_xent_bwd_kernel(dloss, z, temperature, lse, want_z, want_temperature):
-    scale = 1 / float(temperature)
-    dz, dscale = nt_xent_backward(z.contiguous(), lse, scale, 1 / z.shape[0], float(dloss), want_z)
+    scale = 1 / number(temperature, z)
+    dz, dscale = nt_xent_backward(z.contiguous(), lse, scale, 1 / z.shape[0], number(dloss, z), want_z)
     return (
         dz.to(z.dtype) if want_z else z.new_empty(0),
-        dscale * -(scale**2) if want_temperature else temperature.new_empty(0),
+        dscale.mul_(-(scale**2)) if want_temperature else temperature.new_empty(0),
     )
 
 

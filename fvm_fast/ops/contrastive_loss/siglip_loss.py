@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvm_fast.ops._backend import use_native
+from fvm_fast.ops._backend import number, use_native
 from fvm_fast.ops._register import register_op
 from fvm_fast.ops.contrastive_loss._blocks import siglip_block
 from fvm_fast.ops.contrastive_loss._targets import (
@@ -66,7 +66,15 @@ def siglip_loss_reference(
 
 def _siglip_kernel(x, y, scale, bias, row_ids, col_ids, want_x, want_y):
     loss, slopes, dx, dy = siglip_block(
-        x.contiguous(), y.contiguous(), row_ids, col_ids, float(scale), float(bias), 1 / x.shape[0], want_x, want_y
+        x.contiguous(),
+        y.contiguous(),
+        row_ids,
+        col_ids,
+        number(scale, x),
+        number(bias, x),
+        1 / x.shape[0],
+        want_x,
+        want_y,
     )
     return loss, slopes, scale.new_empty(0) if dx is None else dx, scale.new_empty(0) if dy is None else dy
 

@@ -27,6 +27,7 @@ from fvm_fast.ops._backend import (
     autocast_dtype,
     call,
     check_same_device,
+    on_cuda,
     use_native,
     workspace,
 )
@@ -101,6 +102,9 @@ def _dropout(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     return torch.where(keep, weights * factor, 0.0)
 
 
+MOST_CHANNELS_ON_CUDA = 128  # kMostChannels of cuda/window_attention.cuh
+
+
 # ---- the native op: window and shift are pairs, scale is 1 beside logit_scale, a seed comes with dropout only
 
 
@@ -122,9 +126,15 @@ class _Options(NamedTuple):
 
     def scalars(self, qkv: Tensor, seed: Tensor | None) -> tuple:
         """What stands behind the workspace in ``csrc/kernels.h``."""
-        number = 0 if seed is None else int(seed) & (2**63 - 1)
-        numbers = (self.scale, self.mask_value, self.dropout_p, number, self.pad_first, self.heads_outermost)
+        numbers = (self.scale, self.mask_value, self.dropout_p, _seed(qkv, seed), self.pad_first, self.heads_outermost)
         return *numbers, *self.sizes(qkv), *self.shift, qkv.dtype
+
+
+def _seed(qkv: Tensor, seed: Tensor | None) -> int | Tensor | None:
+    """The seed as a number; on CUDA as it is, for to read it would wait for the device."""
+    if on_cuda(qkv):
+        return seed
+    return 0 if seed is None else int(seed) & (2**63 - 1)
 
 
 def _wide(qkv: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
@@ -225,7 +235,7 @@ def window_attention(
         qkv: [B, H, W, 3C] as the linear layer leaves it, in the order of the map; C = num_heads * d. Other layouts
             than contiguous are copied.
         attn_bias: [heads, N, N], added to the logits of every window; tokens of a window are counted row by row.
-        num_heads: heads.
+        num_heads: heads. On CUDA those of more than 128 channels take the torch path.
         window_size: wh x ww, an integer or (height, width); N = wh * ww.
         shift_size: 0 <= shift < window on each axis. Neither is made to fit the map: a window larger than the map
             attends to padding.
@@ -263,7 +273,10 @@ def window_attention(
     seed = seed if dropout_p else None
     qkv = _autocast(qkv)
     check_parameters(qkv, num_heads, window[0] * window[1], attn_bias, logit_scale, pad_qkv)
-    if not use_native("window_attention", qkv, attn_bias, logit_scale, pad_qkv, seed):
+    not_on_cuda = None
+    if d > MOST_CHANNELS_ON_CUDA:
+        not_on_cuda = f"its CUDA kernels take heads of at most {MOST_CHANNELS_ON_CUDA} channels, and these have {d}"
+    if not use_native("window_attention", qkv, attn_bias, logit_scale, pad_qkv, seed, not_on_cuda=not_on_cuda):
         return window_attention_reference(
             qkv, attn_bias, num_heads=num_heads, window_size=window, shift_size=shift, scale=scale,
             logit_scale=logit_scale, mask_value=mask_value, pad_qkv=pad_qkv, pad_order=pad_order, qkv_layout=qkv_layout,
