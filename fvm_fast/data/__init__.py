@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image-text pairs in: the bundled emoji, folders of images, webdataset tars; and transforms of uint8 batches."""
+"""Image-text pairs in: the bundled emoji, folders of images, webdataset tars; Fashion-MNIST; transforms of batches."""
 
 from fvm_fast.data.emoji import EmojiPairs
+from fvm_fast.data.fashion_mnist import fashion_mnist
 from fvm_fast.data.folder import FolderPairs
 from fvm_fast.data.pairs import PairDataset, Sample, open_pairs
 from fvm_fast.data.tar import TarPairs
@@ -16,5 +17,6 @@ __all__ = [
     "PairDataset",
     "Sample",
     "TarPairs",
+    "fashion_mnist",
     "open_pairs",
 ]

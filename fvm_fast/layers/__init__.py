@@ -18,6 +18,11 @@ from fvm_fast.layers.patch_embed import PatchEmbed
 from fvm_fast.layers.pointwise_conv import PointwiseConv
 from fvm_fast.layers.pos_embed import resize_pos_embed
 from fvm_fast.layers.relative_position import relative_position_index, resize_relative_position_bias
+from fvm_fast.layers.relative_position_attention import (
+    RelativePositionAttention,
+    RelativePositionBias,
+    RelativePositionBlock,
+)
 from fvm_fast.layers.residual_attention import ResidualAttentionBlock, Transformer
 from fvm_fast.layers.sincos_pos_embed import sincos_pos_embed
 from fvm_fast.layers.staged_backbone import StagedBackbone
@@ -41,6 +46,9 @@ __all__ = [
     "PatchEmbed",
     "PointwiseConv",
     "QuickGELU",
+    "RelativePositionAttention",
+    "RelativePositionBias",
+    "RelativePositionBlock",
     "ResidualAttentionBlock",
     "SigLipLoss",
     "StagedBackbone",

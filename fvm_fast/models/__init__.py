@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 _TINYVIT = "fvm_fast.models.knowledge_distillation.tinyvit.model"
+_BEIT = "fvm_fast.models.masked_modeling.beit.model"
+_BEIT_PRETRAINING = "fvm_fast.models.masked_modeling.beit.pretraining"
 _VIT = "fvm_fast.models.supervised_pretraining.vit.model"
 _CLIP = "fvm_fast.models.contrastive_learning.clip.model"
 _CONVNEXT = "fvm_fast.models.supervised_pretraining.convnext.model"
@@ -18,6 +20,19 @@ _SWIN = "fvm_fast.models.supervised_pretraining.swin.model"
 
 # name -> "module:function". A module is imported when one of its models is first asked for.
 MODELS: dict[str, str] = {
+    "beit_base_patch16_224": f"{_BEIT}:beit_base_patch16_224",
+    "beit_base_patch16_224_8k_vocab": f"{_BEIT_PRETRAINING}:beit_base_patch16_224_8k_vocab",
+    "beit_base_patch16_224_8k_vocab_cls_pt": f"{_BEIT_PRETRAINING}:beit_base_patch16_224_8k_vocab_cls_pt",
+    "beit_base_patch16_384": f"{_BEIT}:beit_base_patch16_384",
+    "beit_large_patch16_224": f"{_BEIT}:beit_large_patch16_224",
+    "beit_large_patch16_224_8k_vocab": f"{_BEIT_PRETRAINING}:beit_large_patch16_224_8k_vocab",
+    "beit_large_patch16_224_8k_vocab_cls_pt": f"{_BEIT_PRETRAINING}:beit_large_patch16_224_8k_vocab_cls_pt",
+    "beit_large_patch16_384": f"{_BEIT}:beit_large_patch16_384",
+    "beit_large_patch16_512": f"{_BEIT}:beit_large_patch16_512",
+    "beit_test_patch16_64": f"{_BEIT}:beit_test_patch16_64",
+    "beit_test_patch16_64_64_vocab": f"{_BEIT_PRETRAINING}:beit_test_patch16_64_64_vocab",
+    "beitv2_base_patch16_224": f"{_BEIT}:beitv2_base_patch16_224",
+    "beitv2_large_patch16_224": f"{_BEIT}:beitv2_large_patch16_224",
     "clip_vit_b_16": f"{_CLIP}:clip_vit_b_16",
     "clip_vit_b_32": f"{_CLIP}:clip_vit_b_32",
     "clip_vit_bigg_14": f"{_CLIP}:clip_vit_bigg_14",
@@ -116,6 +131,8 @@ MODELS: dict[str, str] = {
 }
 
 _CLASSES = {
+    "Beit": _BEIT,
+    "BeitForMaskedImageModeling": _BEIT_PRETRAINING,
     "CLIP": _CLIP,
     "ConvNeXt": _CONVNEXT,
     "MaskedAutoencoderViT": _MAE,
@@ -127,6 +144,8 @@ _CLASSES = {
 }
 
 __all__ = [
+    "Beit",
+    "BeitForMaskedImageModeling",
     "CLIP",
     "ConvNeXt",
     "MODELS",

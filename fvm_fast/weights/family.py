@@ -12,6 +12,7 @@ from torch import nn
 
 # Class of the model -> module. Subclasses share their parent's.
 CONVERTERS: dict[str, str] = {
+    "Beit": "fvm_fast.weights.beit",
     "CLIP": "fvm_fast.weights.clip",
     "ConvNeXt": "fvm_fast.weights.convnext",
     "MaskedAutoencoderViT": "fvm_fast.weights.mae",
