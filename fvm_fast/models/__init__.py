@@ -16,6 +16,7 @@ _CLIP = "fvm_fast.models.contrastive_learning.clip.model"
 _CONVNEXT = "fvm_fast.models.supervised_pretraining.convnext.model"
 _DEIT = "fvm_fast.models.knowledge_distillation.deit.model"
 _MAE = "fvm_fast.models.self_supervised.mae.model"
+_SIMMIM = "fvm_fast.models.masked_modeling.simmim.model"
 _SWIN = "fvm_fast.models.supervised_pretraining.swin.model"
 
 # name -> "module:function". A module is imported when one of its models is first asked for.
@@ -85,6 +86,10 @@ MODELS: dict[str, str] = {
     "mae_vit_huge_patch14": f"{_MAE}:mae_vit_huge_patch14",
     "mae_vit_large_patch16": f"{_MAE}:mae_vit_large_patch16",
     "mae_vit_test_patch8": f"{_MAE}:mae_vit_test_patch8",
+    "simmim_swin_base_192": f"{_SIMMIM}:simmim_swin_base_192",
+    "simmim_swin_test": f"{_SIMMIM}:simmim_swin_test",
+    "simmim_vit_base_patch16_224": f"{_SIMMIM}:simmim_vit_base_patch16_224",
+    "simmim_vit_test": f"{_SIMMIM}:simmim_vit_test",
     "swin_base_patch4_window7_224": f"{_SWIN}:swin_base_patch4_window7_224",
     "swin_base_patch4_window12_384": f"{_SWIN}:swin_base_patch4_window12_384",
     "swin_large_patch4_window7_224": f"{_SWIN}:swin_large_patch4_window7_224",
@@ -136,6 +141,7 @@ _CLASSES = {
     "CLIP": _CLIP,
     "ConvNeXt": _CONVNEXT,
     "MaskedAutoencoderViT": _MAE,
+    "SimMIM": _SIMMIM,
     "SwinTransformer": _SWIN,
     "SwinTransformerV2": _SWIN,
     "TinyVit": _TINYVIT,
@@ -150,6 +156,7 @@ __all__ = [
     "ConvNeXt",
     "MODELS",
     "MaskedAutoencoderViT",
+    "SimMIM",
     "SwinTransformer",
     "SwinTransformerV2",
     "TinyVit",

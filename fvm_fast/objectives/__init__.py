@@ -5,6 +5,7 @@ from fvm_fast.objectives.classification import Classification, ClassificationLos
 from fvm_fast.objectives.contrastive import ContrastivePretraining
 from fvm_fast.objectives.distillation import Distillation, StoredDistillation
 from fvm_fast.objectives.masked_autoencoder import MaskedAutoencoding
+from fvm_fast.objectives.masked_image_modeling import MaskedImageModeling
 from fvm_fast.objectives.masked_tokens import MaskedTokenPrediction
 from fvm_fast.objectives.stored_logits import CorruptRecord, StoredLogits, StoredLogitsWriter, TeacherRecords
 
@@ -15,6 +16,7 @@ __all__ = [
     "CorruptRecord",
     "Distillation",
     "MaskedAutoencoding",
+    "MaskedImageModeling",
     "MaskedTokenPrediction",
     "StoredDistillation",
     "StoredLogits",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """BEiT's weights as timm (our own names), the paper's code and transformers (in memory and on the hub) spell them.
 
-The network that pretrains and the classifier share one table: a checkpoint of the first loads into the second.
+The network that pretrains and the classifier share one table: a checkpoint of the first loads into the second, and so
+does SimMIM's encoder.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,12 +14,13 @@ from fvm_fast.layers.pos_embed import resize_pos_embed
 from fvm_fast.layers.relative_position import square_window
 from fvm_fast.layers.relative_position_attention import CLASS_TOKEN_ROWS, resize_relative_position_table
 from fvm_fast.weights import vit
+from fvm_fast.weights.simmim_encoder import decoder_of, encoder_of, is_of_simmim, refuse_simmim
 from fvm_fast.weights.spelling import Spelling, StateDict, inverse, merge_qkv, rename, split_qkv
 
 _TABLE = "relative_position_bias_table"
 _SHARED = f"rel_pos_bias.{_TABLE}"
 _BUFFERS = "relative_position_index"
-_OF_PRETRAINING = ("mask_token", "lm_head.", "cls_pt_layers.")
+_OF_PRETRAINING = ("mask_token", "lm_head.", "cls_pt_layers.", "decoder.")
 
 _TRANSFORMERS_STEM = {
     "cls_token": "beit.embeddings.cls_token",
@@ -74,7 +76,7 @@ def adapt(state: StateDict, model: nn.Module, resize: str | None) -> list[str]:
     resized by BEiT's geometric rule, absolute positions by the rule ``resize`` (None: the model's own). A classifier
     leaves out what pretraining alone needs.
     """
-    notes = [] if hasattr(model, "lm_head") else _leave_pretraining_out(state, model)
+    notes = [] if hasattr(model, "mask_token") else _leave_pretraining_out(state, model)
     notes += _resize_positions(state, model, resize)
     tables = [name for name in model.state_dict() if name.endswith(_TABLE)]
     if _SHARED in state and _SHARED not in tables and tables:
@@ -122,6 +124,11 @@ def _resize_tables(state: StateDict, names: Collection[str], grid: tuple[int, in
 def without_buffers(state: StateDict) -> StateDict:
     """Without the index of each table, which the paper's code and old versions of transformers store beside it."""
     return {name: tensor for name, tensor in state.items() if not name.endswith(_BUFFERS)}
+
+
+def from_simmim(state: StateDict) -> StateDict:
+    """SimMIM's encoder in our names, with its mask token, and its decoder as it is; ``adapt`` drops these."""
+    return without_buffers(encoder_of(state)) | decoder_of(state)
 
 
 def from_transformers(state: StateDict) -> StateDict:
@@ -203,4 +210,5 @@ SPELLINGS = (
     Spelling("timm", _is_timm, without_buffers),  # the paper's code, too
     Spelling("transformers", _is_in_memory, from_transformers, to_transformers, _refuse, transformers_config),
     Spelling("transformers_hub", _is_hub, from_transformers, to_transformers_hub, _refuse, transformers_config),
+    Spelling("simmim", is_of_simmim, from_simmim, refuse=refuse_simmim),
 )

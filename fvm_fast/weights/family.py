@@ -16,11 +16,13 @@ CONVERTERS: dict[str, str] = {
     "CLIP": "fvm_fast.weights.clip",
     "ConvNeXt": "fvm_fast.weights.convnext",
     "MaskedAutoencoderViT": "fvm_fast.weights.mae",
+    "SimMIM": "fvm_fast.weights.simmim",
     "SwinTransformer": "fvm_fast.weights.swin",
     "SwinTransformerV2": "fvm_fast.weights.swin",
     "TinyVit": "fvm_fast.weights.tinyvit",
     "VisionTransformer": "fvm_fast.weights.vit",
     "VisionTransformerDistilled": "fvm_fast.weights.deit",
+    "VisionTransformerForSimMIM": "fvm_fast.weights.beit",
 }
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swin's weights, v1 and v2, as timm (our own names), microsoft, transformers and torchvision spell them.
 
+Of SimMIM, in its own or in transformers' names, the encoder is read.
+
 Merging opens a stage here and in timm and closes one everywhere else: their ``downsample`` has a number less. v2 has no
 bias for k: where a library keeps one, it multiplies it by zero.
 """
@@ -20,6 +22,7 @@ from fvm_fast.layers.relative_position import (
 )
 from fvm_fast.layers.swin_block import resample_patch_embed
 from fvm_fast.layers.swin_transformer import SwinTransformerV2
+from fvm_fast.weights.simmim_encoder import decoder_of, encoder_of, is_of_simmim, refuse_simmim
 from fvm_fast.weights.spelling import Spelling, StateDict, inverse, merge_qkv, rename, split_qkv
 from fvm_fast.weights.swin_limits import blocks_of, has_qkv_bias, mlp_ratio, refuse_torchvision, refuse_transformers
 
@@ -78,9 +81,9 @@ def adapt(state: StateDict, model: nn.Module, resize: str | None) -> list[str]:
     """Fits a state dict in our names to the model, in place, and says what was done.
 
     Tables of biases for other windows are resized by the rule ``resize`` (None: the model's own), a projection for
-    other patches is resampled. v2 has no tables: its networks answer for any window.
+    other patches is resampled. v2 has no tables: its networks answer for any window. Of SimMIM the encoder is taken.
     """
-    notes, resized = [], set()
+    notes, resized = [] if hasattr(model, "mask_token") else _take_encoder(state), set()
     weight, wanted = state.get("patch_embed.proj.weight"), model.patch_embed.proj.weight.shape
     if weight is not None and weight.ndim == 4 and weight.shape[2:] != wanted[2:]:
         state["patch_embed.proj.weight"] = resample_patch_embed(weight, tuple(wanted[2:]))
@@ -93,6 +96,14 @@ def adapt(state: StateDict, model: nn.Module, resize: str | None) -> list[str]:
         state[f"{name}.{_TABLE}"] = resize_relative_position_bias(table, new, old_window=old, rule=rule)
         resized.add(f"windows of {old[0]} x {old[1]} to {new[0]} x {new[1]} ({rule} rule)")
     return notes + [f"resized the {_TABLE}s from {sizes}" for sizes in sorted(resized)]
+
+
+def _take_encoder(state: StateDict) -> list[str]:
+    """Leaves out SimMIM's mask token and decoder."""
+    names = [name for name in state if name == "mask_token" or name.startswith("decoder.")]
+    for name in names:
+        del state[name]
+    return [f"left out the {len(names)} tensors that pretraining alone needs"] if names else []
 
 
 # ---- timm and microsoft: one block's names, merging before or after
@@ -109,6 +120,12 @@ def from_microsoft(state: StateDict) -> StateDict:
     return {re.sub(r"^head\.", "head.fc.", _renumbered(name, 1)): tensor for name, tensor in state.items()}
 
 
+def from_simmim(state: StateDict) -> StateDict:
+    """SimMIM's encoder in our names, with its mask token, and its decoder as it is; ``adapt`` drops these."""
+    encoder = encoder_of(state)
+    return (from_microsoft(encoder) if _is_microsoft(encoder) else from_timm(encoder)) | decoder_of(state)
+
+
 def to_microsoft(state: StateDict) -> StateDict:
     """Our names as the Swin repository's; it computes masks and indices itself, and loads with ``strict=False``."""
     return {_renumbered(name, -1).replace("head.fc.", "head."): tensor for name, tensor in state.items()}
@@ -122,11 +139,12 @@ def _renumbered(name: str, by: int) -> str:
 
 
 def from_transformers(state: StateDict) -> StateDict:
-    """``SwinForImageClassification`` or ``SwinModel``, v1 in both spellings or v2, in our names."""
+    """``Swin[v2]ForImageClassification``, ``...ForMaskedImageModeling`` or ``...Model``, v1 in both spellings."""
     state = from_timm(state)
     v2 = _is_transformers_v2(state)
     prefix = "swinv2." if v2 else "swin."
-    state = {n if n.startswith((prefix, "classifier.")) else prefix + n: tensor for n, tensor in state.items()}
+    owners = (prefix, "classifier.", "decoder.")
+    state = {n if n.startswith(owners) else prefix + n: tensor for n, tensor in state.items()}
     v1_block = TRANSFORMERS_HUB_BLOCK if _is_hub(state) else TRANSFORMERS_BLOCK
     table = _transformers_table(state, TRANSFORMERS_V2_BLOCK if v2 else v1_block)
     state = rename(state, inverse(table), "our Swin")
@@ -154,6 +172,8 @@ def _transformers_table(state: StateDict, block: Mapping[str, str]) -> dict[str,
     table = {
         "patch_embed.proj": f"{model}.embeddings.patch_embeddings.projection",
         "patch_embed.norm": f"{model}.embeddings.norm",
+        "mask_token": f"{model}.embeddings.mask_token",
+        "decoder.0": "decoder.0",
         "norm": f"{model}.layernorm",
         "head.fc": "classifier",
     }
@@ -311,5 +331,6 @@ SPELLINGS = (
     Spelling(
         "transformers_hub", _is_hub, from_transformers, to_transformers_hub, refuse_transformers, transformers_config
     ),
+    Spelling("simmim", is_of_simmim, from_simmim, refuse=refuse_simmim),
     Spelling("torchvision", _is_torchvision, from_torchvision, to_torchvision, refuse_torchvision),
 )

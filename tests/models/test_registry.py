@@ -14,6 +14,7 @@ CLASSES = {
     "convnext": "ConvNeXt",
     "deit": "VisionTransformer",
     "mae_": "MaskedAutoencoderViT",
+    "simmim_": "SimMIM",
     "swin_": "SwinTransformer",
     "swinv2_": "SwinTransformerV2",
     "tiny_vit_": "TinyVit",
