@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 # Reason: where it may be given. Only hardware and tools that a machine may lack.
-SKIPS = {"there is no nvcc": ("tests/build/test_cuda_module.py", "tests/cusim/")}
+SKIPS = {
+    "there is no nvcc": ("tests/build/test_cuda_module.py", "tests/cusim/"),
+    "this torch is built without CUDA": ("tests/ops/test_backend_cuda.py",),
+}
 
 
 @pytest.hookimpl(wrapper=True)

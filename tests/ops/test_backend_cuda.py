@@ -308,6 +308,8 @@ RUNS = {
 @pytest.mark.parametrize("capturing", (False, True), ids=("eager", "captured"))
 def test_every_op_launches_beside_its_tensors(core, monkeypatch, op, capturing):
     """On their device and its current stream, with workspaces there; and a fake tensor raises if it is to be read."""
+    if not torch.backends.cuda.is_built():  # then not even a fake tensor of a GPU can be indexed
+        pytest.skip("this torch is built without CUDA")
     recorder = AnyKernel()
     monkeypatch.setattr(_backend, "_C_cuda", recorder)
     monkeypatch.setattr(_backend, "_argument", lambda value: value)
