@@ -177,6 +177,7 @@ def create_model(
     *,
     features_only: bool = False,
     out_indices: int | tuple[int, ...] | None = None,
+    pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a model by name, with random weights (``fvm_fast.load_weights`` fills them in).
@@ -186,11 +187,17 @@ def create_model(
         features_only: return a backbone whose forward gives a list of feature maps [B, D, rows, columns].
         out_indices: with ``features_only``, the last n blocks or stages for an int, or their numbers; None for the last
             three blocks, or all stages.
+        pretrained: False; weights are never downloaded, ``load_weights`` reads files.
         **kwargs: override any size or argument of the model's constructor.
 
     Raises:
-        ValueError: the name is unknown; the message suggests the nearest ones.
+        ValueError: the name is unknown, and the message suggests the nearest ones; or ``pretrained`` is asked for.
     """
+    if pretrained:
+        raise ValueError(
+            f"create_model: pretrained should be False, for nothing is downloaded, got {pretrained!r}; build {name!r} "
+            "and call fvm_fast.load_weights(model, path) with a checkpoint of timm, transformers, torchvision, ..."
+        )
     if name not in MODELS:
         begun = [known for known in list_models() if known.startswith(name)]
         nearest = (begun or get_close_matches(name, MODELS, n=3, cutoff=0.5))[:3]

@@ -50,6 +50,8 @@ def load_weights(
 ) -> LoadReport:
     """Loads a checkpoint of any known ecosystem into one of our models; a refusal leaves the model as it was.
 
+    A model of other than three channels takes the first convolution of one with three, as timm converts it.
+
     Args:
         model: ours, on any device; the tensors are copied into its parameters and cast to their dtype.
         source: a file (``.safetensors``, ``.pth``, ``.pt``, ``.bin``), a folder of transformers', or a state dict; a
@@ -71,6 +73,7 @@ def load_weights(
     notes = family.adapt(state, model, resize) if hasattr(family, "adapt") else []
 
     wanted = _without(model.state_dict(), exclude)
+    notes += _fit_channels(state, wanted, getattr(model, "default_cfg", {}).get("first_conv"))
     missing = tuple(name for name in wanted if name not in state)
     unexpected = tuple(name for name in state if name not in wanted)
     _check_names(missing, unexpected, len(wanted), strict)
@@ -80,6 +83,24 @@ def load_weights(
         _check_numerics(numerics, getattr(model, "numerics", {}))
     model.load_state_dict(state, strict=False)
     return LoadReport(spelling.name, len(state), missing, unexpected, tuple(notes))
+
+
+def _fit_channels(state: StateDict, wanted: Mapping[str, Tensor], first_conv: str | None) -> list[str]:
+    """Fits a first convolution [D, 3, p, p] to images of C channels, in place and by timm's rule; says so.
+
+    One channel gets the sum of the three, more channels their repetition, scaled so that equal channels give as much.
+    """
+    name = f"{first_conv}.weight"
+    if name not in state or name not in wanted:
+        return []
+    weight, channels = state[name], wanted[name].shape[1]
+    if weight.ndim != 4 or weight.shape[1] != 3 or channels == 3:
+        return []
+    if channels == 1:
+        state[name] = weight.sum(dim=1, keepdim=True)
+    else:
+        state[name] = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+    return [f"fitted {name} from 3 channels to {channels}"]
 
 
 def recognise(state: StateDict, spellings: Sequence[Spelling]) -> Spelling:

@@ -63,6 +63,12 @@ def test_unknown_name_suggests_the_nearest(wrong, nearest):
         create_model(wrong)
 
 
+def test_pretrained_says_where_weights_come_from():
+    assert create_model("vit_test_patch16_64", pretrained=False).num_classes == 1000
+    with pytest.raises(ValueError, match="nothing is downloaded, got True; build 'vit_test_patch16_64' and call"):
+        create_model("vit_test_patch16_64", pretrained=True)
+
+
 def test_hopeless_name_points_to_the_list():
     with pytest.raises(ValueError, match="list_models\\(\\) names them all"):
         create_model("xyz")

@@ -3,7 +3,9 @@
 
 import pytest
 import torch
+from timm.models import adapt_input_conv
 from torch import nn
+from torch.testing import assert_close
 
 from fvm_fast import create_model, export_weights, load_weights
 from fvm_fast.weights.spelling import merge_qkv, rename, split_qkv
@@ -90,6 +92,20 @@ def test_position_embedding_is_resized_on_load(state):
     assert torch.equal(ours.pos_embed[:, :1], state["pos_embed"][:, :1])
     with pytest.raises(ValueError, match="rule should be one of timm, .* got 'nearest'"):
         load_weights(model(img_size=32), state, resize="nearest")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("name", ["vit_test_patch16_64", "swin_test_patch4_window4_64", "convnext_test"])
+def test_the_first_convolution_is_fitted_to_other_channels_as_timm_does(name, channels):
+    torch.manual_seed(0)
+    state = create_model(name).state_dict()
+    ours = create_model(name, in_chans=channels)
+    first = f"{ours.default_cfg['first_conv']}.weight"
+    report = load_weights(ours, state)
+    assert_close(ours.state_dict()[first], adapt_input_conv(channels, state[first]))
+    assert f"fitted {first} from 3 channels to {channels}" in report.notes
+    with pytest.raises(ValueError, match=f"{first} should be"):
+        load_weights(create_model(name, in_chans=3), ours.state_dict())
 
 
 def test_a_training_checkpoint_with_several_networks_names_them(state):
