@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users of timm expect of every classifier, written once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,3 +65,9 @@ class Backbone(nn.Module):
     def pretrained_cfg(self) -> dict[str, Any]:
         """``default_cfg`` under its newer name: ``timm.data.resolve_model_data_config(model)`` reads it."""
         return self.default_cfg
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the value of the argument ``name`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -79,6 +79,8 @@ class PatchEmbed(nn.Module):
         pos_embed: Tensor | None = None,
         prefix_tokens: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> Tensor:
         """Embeds a batch.
 
@@ -87,6 +89,7 @@ class PatchEmbed(nn.Module):
             pos_embed: [1, P + L, D] or, without rows for the prefix, [1, L, D].
             prefix_tokens: [P, D], put in front of the patches.
             ids_keep: [B, K], embeds these patches only.
+            mask: [B, L] bool, where ``mask_token``, of D elements, stands in the place of the patch.
 
         Returns:
             [B, P + L, D], or [B, P + K, D] with ``ids_keep``.
@@ -95,8 +98,8 @@ class PatchEmbed(nn.Module):
         mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         if self.dynamic_img_pad and self._padding(images) != (0, 0):
             images, mean, std = self._pad(images), None, None
-        weight, bias = self.proj.weight, self.proj.bias
-        return ops.patch_embed(images, weight, bias, pos_embed, prefix_tokens, ids_keep, mean=mean, std=std)
+        parameters = self.proj.weight, self.proj.bias, pos_embed, prefix_tokens
+        return ops.patch_embed(images, *parameters, ids_keep, mean=mean, std=std, mask=mask, mask_token=mask_token)
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4:

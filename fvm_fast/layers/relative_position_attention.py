@@ -10,6 +10,7 @@ belongs to one block, or one table to all of them.
 BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -192,6 +193,14 @@ class RelativePositionBlock(nn.Module):
         """[B, 1 + N, D] -> [B, 1 + N, D]; the bias is ``RelativePositionAttention``'s."""
         x = x + self.drop_path1(_scaled(self.attn(self.norm1(x), shared_rel_pos_bias), self.gamma_1))
         return x + self.drop_path2(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+
+
+@torch.no_grad()
+def rescale_blocks(blocks: nn.Sequential, first: int = 1) -> None:
+    """Divides the last weights of both branches of block l by sqrt(2 l), where the first block has number ``first``."""
+    for number, block in enumerate(blocks, start=first):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.div_(math.sqrt(2.0 * number))
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fvm_fast.layers.activation import activation_name
-from fvm_fast.layers.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from fvm_fast.layers.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, check_choice
 from fvm_fast.layers.feature_extractor import take_indices
 from fvm_fast.layers.mlp import Mlp
 from fvm_fast.layers.patch_embed import to_pair
@@ -139,8 +139,7 @@ class SwinBackbone(Backbone):
             (final map [B, rows, columns, channels], list of maps in the order of the stages), or the list alone. The
             final map is normalised if it is the last stage's.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt should be one of 'NCHW', 'NHWC', got {output_fmt!r}")
+        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
         wanted, last = take_indices(len(self.layers), indices), len(self.layers) - 1
         end = max(wanted) if stop_early else last
         x = self.embed(images)

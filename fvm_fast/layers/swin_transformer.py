@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import nn
 
+from fvm_fast.layers.backbone import check_choice
 from fvm_fast.layers.relative_position import TABLE_RESIZE_RULES
 from fvm_fast.layers.swin_backbone import SwinBackbone, per_stage
 from fvm_fast.layers.swin_block import PatchMerging, PatchMergingV2, SwinTransformerBlock, SwinTransformerV2Block
@@ -82,9 +83,9 @@ class SwinTransformer(SwinBackbone):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        _check_choice("weight_init", weight_init, ("", "skip"))
-        _check_choice("pad_order", pad_order, PAD_ORDERS)
-        _check_choice("table_resize", table_resize, TABLE_RESIZE_RULES)
+        check_choice("weight_init", weight_init, ("", "skip"))
+        check_choice("pad_order", pad_order, PAD_ORDERS)
+        check_choice("table_resize", table_resize, TABLE_RESIZE_RULES)
         stages = len(depths)
         make_block = [
             partial(
@@ -172,7 +173,7 @@ class SwinTransformerV2(SwinBackbone):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        _check_choice("pad_order", pad_order, PAD_ORDERS)
+        check_choice("pad_order", pad_order, PAD_ORDERS)
         make_block = [
             partial(
                 SwinTransformerV2Block,
@@ -225,8 +226,3 @@ def _init_linears(model: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got {value!r}")

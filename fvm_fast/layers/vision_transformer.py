@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fvm_fast import ops
 from fvm_fast.layers.activation import activation_name
-from fvm_fast.layers.backbone import Backbone
+from fvm_fast.layers.backbone import Backbone, check_choice
 from fvm_fast.layers.block import Block
 from fvm_fast.layers.feature_extractor import take_indices
 from fvm_fast.layers.patch_embed import PatchEmbed
@@ -107,9 +107,9 @@ class VisionTransformer(Backbone):
     ) -> None:
         super().__init__()
         _check_pool(global_pool, class_token)
-        _check_choice("pos_embed", pos_embed, ("learn", "none"))
-        _check_choice("weight_init", weight_init, ("", "skip"))
-        _check_choice("pos_embed_resize", pos_embed_resize, RESIZE_RULES)
+        check_choice("pos_embed", pos_embed, ("learn", "none"))
+        check_choice("weight_init", weight_init, ("", "skip"))
+        check_choice("pos_embed_resize", pos_embed_resize, RESIZE_RULES)
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
         fc_norm = global_pool in _POOLS if fc_norm is None else fc_norm
         self.in_chans = in_chans
@@ -255,7 +255,7 @@ class VisionTransformer(Backbone):
         Returns:
             (final tokens [B, P + L, D], list of intermediates in the order of the blocks), or the list alone.
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         wanted = take_indices(len(self.blocks), indices)
         blocks = self.blocks[: max(wanted) + 1] if stop_early else self.blocks
         x = self.embed(images)
@@ -334,12 +334,7 @@ class VisionTransformer(Backbone):
         return {name: value for name, value in (("norm_eps", norm_eps), ("act", act)) if value is not None}
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def _check_pool(global_pool: str, class_token: bool) -> None:
-    _check_choice("global_pool", global_pool, ("token", *_POOLS, ""))
+    check_choice("global_pool", global_pool, ("token", *_POOLS, ""))
     if global_pool == "token" and not class_token:
         raise ValueError("global_pool='token' needs class_token=True; without one, pool with 'avg'")

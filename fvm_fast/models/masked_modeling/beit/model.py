@@ -13,7 +13,6 @@ BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers, https://
 Arguments and state-dict names are timm's, so its checkpoints load as they are.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fvm_fast.layers.backbone import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
-from fvm_fast.layers.relative_position_attention import RelativePositionBias, RelativePositionBlock
+from fvm_fast.layers.relative_position_attention import RelativePositionBias, RelativePositionBlock, rescale_blocks
 from fvm_fast.layers.vision_transformer import VisionTransformer
 
 TEST = {"img_size": 64, "embed_dim": 64, "depth": 3, "num_heads": 4, "init_values": 0.1}
@@ -200,14 +199,6 @@ class Beit(VisionTransformer):
             "stem": r"^cls_token|pos_embed|patch_embed|rel_pos_bias",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
-
-
-@torch.no_grad()
-def rescale_blocks(blocks: nn.Sequential, first: int = 1) -> None:
-    """Divides the last weights of both branches of block l by sqrt(2 l), where the first block has number ``first``."""
-    for number, block in enumerate(blocks, start=first):
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.div_(math.sqrt(2.0 * number))
 
 
 def _beit(overrides: dict[str, Any], **sizes: Any) -> Beit:

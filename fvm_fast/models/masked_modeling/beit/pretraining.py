@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from fvm_fast import ops
 from fvm_fast.layers.backbone import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
-from fvm_fast.models.masked_modeling.beit.model import BASE, LARGE, TEST, Beit, rescale_blocks
+from fvm_fast.layers.relative_position_attention import rescale_blocks
+from fvm_fast.models.masked_modeling.beit.model import BASE, LARGE, TEST, Beit
 
 
 class BeitForMaskedImageModeling(Beit):
@@ -161,20 +162,7 @@ class BeitForMaskedImageModeling(Beit):
         """[B, C, H, W], and which patches to hide [B, L] bool -> tokens [B, 1 + L, D]; all in one call of the op."""
         if mask is None:
             return self.embed(images)
-        patch_embed = self.patch_embed
-        patch_embed._check(images)
-        mean, std = (patch_embed.mean, patch_embed.std) if images.dtype == torch.uint8 else (None, None)
-        x = ops.patch_embed(
-            images,
-            patch_embed.proj.weight,
-            patch_embed.proj.bias,
-            self.pos_embed,
-            self.prefix_tokens(),
-            mean=mean,
-            std=std,
-            mask=mask,
-            mask_token=self.mask_token,
-        )
+        x = self.patch_embed(images, self.pos_embed, self.prefix_tokens(), mask=mask, mask_token=self.mask_token)
         return self.pos_drop(x)
 
     def _mask(

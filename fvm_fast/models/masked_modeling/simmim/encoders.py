@@ -9,7 +9,6 @@ returns its last map [B, num_features, rows, columns]; given images alone, the m
 SimMIM: a Simple Framework for Masked Image Modeling, https://arxiv.org/abs/2111.09886, section 3.2
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fvm_fast import ops
-from fvm_fast.layers.relative_position_attention import RelativePositionBias, RelativePositionBlock
+from fvm_fast.layers.relative_position_attention import RelativePositionBias, RelativePositionBlock, rescale_blocks
 from fvm_fast.layers.swin_transformer import SwinTransformer
 from fvm_fast.layers.vision_transformer import VisionTransformer
 
@@ -142,10 +140,7 @@ class VisionTransformerForSimMIM(VisionTransformer):
                     nn.init.zeros_(module.bias)
         within(self.cls_token)
         within(self.mask_token)
-        with torch.no_grad():
-            for number, block in enumerate(self.blocks, start=1):
-                block.attn.proj.weight.div_(math.sqrt(2.0 * number))
-                block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
+        rescale_blocks(self.blocks)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, C, H, W] and which patches to hide [B, rows, columns] bool -> [B, D, rows, columns]."""
@@ -162,12 +157,8 @@ class VisionTransformerForSimMIM(VisionTransformer):
 
     def embed_masked(self, images: Tensor, mask: Tensor) -> Tensor:
         """[B, C, H, W] and [B, rows, columns] bool -> tokens [B, 1 + L, D]; all in one call of the op."""
-        stem = self.patch_embed
-        stem._check(images)
-        mean, std = (stem.mean, stem.std) if images.dtype == torch.uint8 else (None, None)
         hidden = {"mask": mask.flatten(1), "mask_token": self.mask_token}
-        prefix = self.prefix_tokens()
-        return ops.patch_embed(images, stem.proj.weight, stem.proj.bias, None, prefix, mean=mean, std=std, **hidden)
+        return self.patch_embed(images, prefix_tokens=self.prefix_tokens(), **hidden)
 
     def run_block(self, block: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """One block, with gradient checkpointing if it is on; the table is read if its bias is not given."""
