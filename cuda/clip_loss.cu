@@ -87,20 +87,8 @@ cudaError_t clip_loss_fwd(const void* x, const void* y, Maybe<const int32_t> row
   if (kept || kept_size) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const ClipInputs<T> in{{static_cast<const T*>(x), n, D},
-                           {static_cast<const T*>(y), m, D},
-                           static_cast<const T*>(teacher_x.p),
-                           static_cast<const T*>(teacher_y.p),
-                           teacher_D,
-                           scale,
-                           teacher_scale,
-                           teacher_weight,
-                           row_smoothing,
-                           col_smoothing,
-                           row_ids.p,
-                           col_ids.p,
-                           row_targets.p,
-                           col_targets.p};
+    const auto in = clip_inputs<T>(x, y, row_ids, col_ids, row_targets, col_targets, teacher_x, teacher_y, scale,
+                                   teacher_scale, teacher_weight, row_smoothing, col_smoothing, n, m, D, teacher_D);
     Workspace arena(workspace);
     ClipForward<T> forward(arena, n, m, teacher_D, scale, teacher_scale);
     return clip_forward(in, forward, lse, target_sum.p, static_cast<Acc<T>*>(loss.p), launch.stream);

@@ -144,6 +144,29 @@ template <class T> struct ClipInputs {
   Pairs<T> pairs() const { return {x, y}; }
 };
 
+// From the arguments that both launchers have, under their names
+template <class T>
+ClipInputs<T> clip_inputs(const void* x, const void* y, Maybe<const int32_t> row_ids, Maybe<const int32_t> col_ids,
+                          Maybe<const double> row_targets, Maybe<const double> col_targets, Maybe<const void> teacher_x,
+                          Maybe<const void> teacher_y, const double* scale, const double* teacher_scale,
+                          double teacher_weight, double row_smoothing, double col_smoothing, int64_t n, int64_t m,
+                          int64_t D, int64_t teacher_D) {
+  return {{static_cast<const T*>(x), n, D},
+          {static_cast<const T*>(y), m, D},
+          static_cast<const T*>(teacher_x.p),
+          static_cast<const T*>(teacher_y.p),
+          teacher_D,
+          scale,
+          teacher_scale,
+          teacher_weight,
+          row_smoothing,
+          col_smoothing,
+          row_ids.p,
+          col_ids.p,
+          row_targets.p,
+          col_targets.p};
+}
+
 template <class T> void set_options(ClipTargets<Acc<T>>& targets, const ClipInputs<T>& in) {
   targets.teacher_weight = Acc<T>(in.teacher_weight);
   targets.row_smoothing = Acc<T>(in.row_smoothing), targets.col_smoothing = Acc<T>(in.col_smoothing);

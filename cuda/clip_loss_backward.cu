@@ -120,20 +120,8 @@ cudaError_t clip_loss_bwd(const void* x, const void* y, Maybe<const int32_t> row
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const ClipInputs<T> in{{static_cast<const T*>(x), n, D},
-                           {static_cast<const T*>(y), m, D},
-                           static_cast<const T*>(teacher_x.p),
-                           static_cast<const T*>(teacher_y.p),
-                           teacher_D,
-                           scale,
-                           teacher_scale,
-                           teacher_weight,
-                           row_smoothing,
-                           col_smoothing,
-                           row_ids.p,
-                           col_ids.p,
-                           row_targets.p,
-                           col_targets.p};
+    const auto in = clip_inputs<T>(x, y, row_ids, col_ids, row_targets, col_targets, teacher_x, teacher_y, scale,
+                                   teacher_scale, teacher_weight, row_smoothing, col_smoothing, n, m, D, teacher_D);
     Workspace arena(workspace);
     ClipBackward<T> backward(arena, n, m, D, teacher_D, bool(dx), bool(dy), scale, teacher_scale);
     return clip_backward(in, backward, lse, dloss, static_cast<A*>(dx.p), static_cast<A*>(dy.p),
